@@ -1,0 +1,1 @@
+"""Nouns, settings, storage and downloads. Imports nothing of ohmygpu outside this package."""

@@ -1,0 +1,165 @@
+"""What is on disk and how to run it: Revision, Artifact, InstallRecord, CompiledModel, RunSpec."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CorruptFile
+
+COMPILE_FILE = "compile.json"
+GRAPH_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """The version that was pulled: the branch or tag asked for and the commit it meant."""
+
+    branch: str
+    resolved_commit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One source file. `format` is safetensors, gguf, config, tokenizer or other."""
+
+    filename: str
+    size: int  # bytes
+    sha256: str  # 64 hex digits
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstallRecord:
+    """One installed model. Writing its manifest is the commit point of an install."""
+
+    provider: str  # hub | file | pypi
+    name: str  # shown name, case kept: "org/name", or a file's stem
+    variant: str  # lower case: "q8", "q4_k_m", …
+    is_default: bool  # the variant that the bare name means
+    source_ref: str  # the reference as pulled
+    revision: Revision | None
+    artifacts: tuple[Artifact, ...]
+    compiled_key: str  # models/compiled/<key>/
+    recipe: str
+    family: str
+    compiled_bytes: int
+    installed_at: str  # RFC 3339, UTC
+
+    @property
+    def full_name(self) -> str:
+        """`name:variant`."""
+        return f"{self.name}:{self.variant}"
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits, stable for the same compiled content."""
+        return self.compiled_key
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> InstallRecord:
+        """Inverse of `to_dict`. Raises CorruptFile when fields are missing or have wrong types."""
+        try:
+            fields = {name: data[name] for name in InstallRecord.__dataclass_fields__}
+            revision = fields["revision"]
+            fields["revision"] = Revision(**revision) if revision else None
+            fields["artifacts"] = tuple(Artifact(**entry) for entry in fields["artifacts"])
+            return InstallRecord(**fields)
+        except (KeyError, TypeError) as error:
+            raise CorruptFile(f"not an install record: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledModel:
+    """`compile.json`: all that serving needs to know beside the graph and the tokenizer.
+
+    The graph, `model.onnx` (B rows, S new tokens, R rows of logits, K kv heads, T buffer length,
+    D head_dim, V vocabulary):
+
+        input_ids              int64 (B, S)
+        seqlens_k              int32 (B,)      total length of each row after this run, minus one
+        total_sequence_length  int32 scalar    the buffer length T, or the longest total
+        logit_rows             int64 (R,)      which rows of the flattened (B*S) hidden states get
+                                               logits
+        past_key_values.{i}.key|value  kv_dtype (B, K, T, D)
+        → logits               float32 (R, V)
+        → present.{i}.key|value        kv_dtype (B, K, T, D), bound to the same memory as the past
+
+    B > 1 needs S == 1 (decode) or all rows starting at 0 (GroupQueryAttention's rule).
+    """
+
+    family: str
+    converter_version: int
+    recipe: str
+    target: str  # cpu | cuda
+    context_length: int  # the model's own, tokens
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    kv_dtype: str  # float32 | float16
+    parameters: int  # number of weights of the source
+    weights_bytes: int  # bytes of the compiled weights
+    source_format: str  # safetensors | gguf
+    quantization: str  # shown to users: "Q4_1", "q8", …
+    hidden_size: int
+    heads: int
+    feed_forward_length: int
+    rope_theta: float
+    norm_epsilon: float
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    bos_token: str = ""
+    eos_token: str = ""
+    generation: dict[str, float] = field(default_factory=dict)  # the model's sampling defaults
+    license: str = ""
+    files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
+
+    def save(self, folder: Path) -> None:
+        """Write `compile.json` into `folder`."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        (folder / COMPILE_FILE).write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> CompiledModel:
+        """Read `compile.json`. Raises CorruptFile when it is missing or damaged."""
+        path = folder / COMPILE_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            data["eos_token_ids"] = tuple(data["eos_token_ids"])
+            return CompiledModel(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(
+                f"the compiled model in {folder.name} is damaged ({error}); pull it again"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """How to run a compiled model; the worker's whole argument."""
+
+    model: str  # the installed name, for messages
+    folder: str  # models/compiled/<key>
+    execution_provider: str = "auto"  # auto | CPU | CUDA
+    context_tokens: int = 0  # 0 = the model's own, at most 32768
+    slots: int = 8
+    max_queue: int = 64
+    prefill_tokens: int = 256  # prompt tokens computed per step at most
+    threads: int = 0  # 0 = one per physical core
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> RunSpec:
+        """Inverse of `to_json`."""
+        return RunSpec(**json.loads(text))

@@ -1,0 +1,1 @@
+"""Settings: defaults < config.toml < environment < flags. Read once, failing loudly."""
