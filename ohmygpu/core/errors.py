@@ -12,7 +12,7 @@ Domain code raises these; only the edges translate them: `daemon/errors.py` to H
     │   ├── ModelNotFound           not installed (suggests near names) or absent at its provider
     │   └── RevisionNotFound        the repository exists, that branch, tag or commit does not
     ├── AccessDenied                private or gated repository, wrong or missing token
-    ├── Conflict                    the name is taken, or the model is being changed by another process
+    ├── Conflict                    the name is taken, or another process is changing the model
     ├── UnsupportedModel            architecture, file format or block type without a converter
     ├── CorruptFile                 bytes that do not match their size, hash or format
     ├── DiskFull                    refused before or during a write; nothing half-written remains
