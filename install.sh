@@ -146,9 +146,18 @@ install_package() {
     if $pip show -q "$other" >/dev/null 2>&1; then
         $pip uninstall -q -y "$other"
     fi
+    from=$SOURCE
+    if [ -d "$SOURCE" ]; then # build a copy: a build in place leaves files that the next one packs too
+        copy=$(mktemp -d)
+        trap 'rm -rf "$copy"' EXIT
+        for name in pyproject.toml README.md LICENSE ohmygpu converters; do
+            cp -R "$SOURCE/$name" "$copy/" || fail "$SOURCE is not a whole checkout: $name is missing."
+        done
+        from=$copy
+    fi
     case "$SOURCE" in
         *://* | *.whl) requirement="ohmygpu[$EXTRA] @ $(as_url "$SOURCE")" ;;
-        *) requirement="$SOURCE[$EXTRA]" ;;
+        *) requirement="$from[$EXTRA]" ;;
     esac
     $pip install -q --upgrade "$requirement" || fail "pip could not install $SOURCE; its message is above. Nothing else was changed: fix it and run this again."
     case "$SOURCE" in # pip skips a wheel whose version is installed already, even a rebuilt one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -29,8 +30,14 @@ def test_the_package_list_names_every_folder_with_python_files() -> None:
 
 
 def test_the_wheel_holds_ohmygpu_alone_with_every_module(tmp_path: Path) -> None:
+    # from a copy: setuptools would also pack what an older build left in build/
+    copy = tmp_path / "source"
+    for name in ("ohmygpu", "converters"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(copy)],
         check=True,
         capture_output=True,
         timeout=300,
