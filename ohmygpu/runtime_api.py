@@ -27,10 +27,16 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn; `role` is system, user, assistant or tool."""
+    """One chat turn; `role` is system, user, assistant or tool.
+
+    The optional fields reach the chat template, which may or may not use them.
+    """
 
     role: str
     content: str
+    name: str | None = None  # who speaks, or the tool that answered
+    tool_call_id: str | None = None  # the call that a tool's answer belongs to
+    reasoning: str | None = None  # what the assistant thought before it answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,7 @@ class SamplingParams:
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
     min_p: float = 0.0  # 0 = off
+    typical_p: float = 1.0  # 1 = off
     repetition_penalty: float = 1.0  # 1 = off
     repetition_window: int = 64  # tokens looked back by all three penalties; -1 = the whole context
     presence_penalty: float = 0.0
@@ -59,6 +66,7 @@ class SamplingParams:
         _check("top_k", self.top_k, 0, 2**31 - 1)
         _check("top_p", self.top_p, 0.0, 1.0)
         _check("min_p", self.min_p, 0.0, 1.0)
+        _check("typical_p", self.typical_p, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check("repetition_window", self.repetition_window, -1, 2**31 - 1)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
