@@ -1,0 +1,183 @@
+"""A GGUF model as a Source: Hugging Face names and config, weights row by row."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ohmygpu.core.errors import UnsupportedModel
+
+from .gguf import GgufModel, GgufTensor
+from .gguf_blocks import BLOCK_TYPES, dequantize, repack
+from .safetensors import to_float32
+from .source import (
+    BlockLayout,
+    Bytes,
+    Float32,
+    QuantizedBlocks,
+    SourceFormat,
+    TensorInfo,
+    row_chunks,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a Hugging Face tensor is found in the GGUF file.
+
+    `rows`, where given, lists for each Hugging Face row the row of the GGUF tensor it is.
+    """
+
+    gguf_name: str
+    rows: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A GGUF model's config and tensor names in Hugging Face terms."""
+
+    config: dict[str, Any]
+    placements: dict[str, Placement]
+
+
+class Architecture(Protocol):
+    """What a module `gguf_<architecture>` provides."""
+
+    def translate(self, model: GgufModel) -> Translation:
+        """Raises CorruptFile or UnsupportedModel."""
+        ...
+
+
+ARCHITECTURES = {"llama": "gguf_llama"}
+"""`general.architecture` → the module beside this one that translates it."""
+
+# general.file_type (llama_ftype in llama.h), for show
+_FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1"}
+_FILE_TYPES |= {10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M"}
+_FILE_TYPES |= {16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S", 25: "IQ4_NL", 30: "IQ4_XS"}
+_FILE_TYPES |= {32: "BF16", 37: "TQ2_0"}
+
+
+class GgufSource:
+    """Source over one GGUF model; see `source.Source` for its methods."""
+
+    format: SourceFormat = "gguf"
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = dict(files)
+        self.model = GgufModel(files)
+        try:
+            translation = _translate(self.model)
+        except BaseException:
+            self.model.close()
+            raise
+        self.config = translation.config
+        self._placements = translation.placements
+        self._stored = self.model.tensors
+        self.tensors: dict[str, TensorInfo] = {
+            name: TensorInfo(name, tensor.shape, tensor.type_name)
+            for name, tensor in ((name, self._tensor(name)) for name in self._placements)
+        }
+        self.quantization = _quantization(self.model)
+        self.total_bytes = sum(self._tensor(name).nbytes for name in self._placements)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The GGUF metadata as stored."""
+        return self.model.metadata
+
+    def read(self, name: str) -> Float32:
+        """A whole tensor as float32."""
+        tensor = self._tensor(name)
+        columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+        values = np.empty((tensor.rows, columns), dtype=np.float32)
+        for start, stop in row_chunks(tensor.rows, columns):
+            values[start:stop] = self._decode(name, start, stop).reshape(-1, columns)
+        return values.reshape(tensor.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Float32:
+        """Rows start:stop as float32."""
+        shape = self._tensor(name).shape
+        inner = int(np.prod(shape[1:-1], dtype=np.int64))  # 1 for vectors and matrices
+        rows = self._decode(name, start * inner, stop * inner)
+        return rows.reshape(stop - start, *shape[1:])
+
+    def block_layout(self, name: str) -> BlockLayout | None:
+        """The layout `blocks` gives, or None for plain types."""
+        block = BLOCK_TYPES.get(self._tensor(name).type_name)
+        return block.layout if block else None
+
+    def blocks(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedBlocks | None:
+        """Rows start:stop as stored, losslessly, or None for plain types."""
+        tensor = self._tensor(name)
+        block = BLOCK_TYPES.get(tensor.type_name)
+        if block is None:
+            return None
+        stop = tensor.rows if stop is None else stop
+        columns = tensor.shape[-1]
+        groups = columns // block.group
+        codes = np.empty((stop - start, groups, block.group * block.bits // 8), dtype=np.uint8)
+        scales = np.empty((stop - start, groups), dtype=np.float32)
+        correction = np.empty_like(scales) if block.has_minima else None
+        for first, last in row_chunks(stop - start, columns):
+            part = repack(block, self._raw(name, start + first, start + last))
+            codes[first:last] = part.codes
+            scales[first:last] = part.scales
+            if correction is not None and part.correction is not None:
+                correction[first:last] = part.correction
+        return QuantizedBlocks(block.bits, block.group, codes, scales, correction)
+
+    def close(self) -> None:
+        """Close the files; idempotent."""
+        self.model.close()
+
+    def _tensor(self, name: str) -> GgufTensor:
+        return self._stored[self._placements[name].gguf_name]
+
+    def _raw(self, name: str, start: int, stop: int) -> Bytes:
+        """Raw rows start:stop in Hugging Face order."""
+        placement = self._placements[name]
+        if placement.rows is None or start == stop:
+            return self.model.read_rows(placement.gguf_name, start, stop)
+        wanted = placement.rows[start:stop]
+        low, high = int(wanted.min()), int(wanted.max()) + 1
+        return self.model.read_rows(placement.gguf_name, low, high)[wanted - low]
+
+    def _decode(self, name: str, start: int, stop: int) -> Float32:
+        type_name = self._tensor(name).type_name
+        raw = self._raw(name, start, stop)
+        block = BLOCK_TYPES.get(type_name)
+        if block is not None:
+            return dequantize(block, raw)
+        return to_float32(raw, type_name)
+
+
+def _translate(model: GgufModel) -> Translation:
+    architecture = model.metadata.get("general.architecture")
+    module = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+    if module is None:
+        raise UnsupportedModel(
+            f"{model.name} has the architecture {str(architecture)[:80]!r}; GGUF files of these "
+            f"architectures can be compiled: {', '.join(sorted(ARCHITECTURES))}",
+            architecture=str(architecture)[:80],
+            supported=sorted(ARCHITECTURES),
+        )
+    translator: Architecture = importlib.import_module(f".{module}", __package__)
+    return translator.translate(model)
+
+
+def _quantization(model: GgufModel) -> str:
+    file_type = model.metadata.get("general.file_type")
+    if isinstance(file_type, int) and file_type in _FILE_TYPES:
+        return _FILE_TYPES[file_type]
+    weights: Counter[str] = Counter()
+    for tensor in model.tensors.values():
+        weights[tensor.type_name] += tensor.nbytes
+    return weights.most_common(1)[0][0] if weights else "F32"
