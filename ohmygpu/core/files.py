@@ -8,11 +8,12 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConfigError, DiskFull
+from .errors import Cancelled, ConfigError, DiskFull
 
 TEMPORARY = ".tmp-"
 _FICLONE = 0x40049409  # ioctl request of linux/fs.h
@@ -35,6 +36,15 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -53,25 +63,20 @@ def sync_tree(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         elif path.is_file():
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(path)
     sync_folder(folder)
 
 
-def clone(source: Path, target: Path, copied: Callable[[int], None]) -> str:
+def clone(source: Path, target: Path, cancel: threading.Event | None = None) -> str:
     """Make `target` (new) hold the bytes of `source`; returns how: reflink, link or copy.
 
     A reflink shares the disk's blocks until one side changes; a hard link is the same file under
-    a second name; where the file system has neither the bytes are copied, `copied` being called
-    with the size of each piece.
+    a second name; where the file system has neither the bytes are copied. Raises Cancelled.
     """
     if _reflink(source, target):
         return "reflink"
     try:
-        os.link(source, target, follow_symlinks=True)
+        os.link(source.resolve(), target)
     except OSError:
         pass  # another file system, or one without hard links, or not our file
     else:
@@ -79,7 +84,8 @@ def clone(source: Path, target: Path, copied: Callable[[int], None]) -> str:
     with source.open("rb") as reader, target.open("xb") as writer:
         while chunk := reader.read(_CHUNK_BYTES):
             writer.write(chunk)
-            copied(len(chunk))
+            if cancel is not None and cancel.is_set():
+                raise Cancelled("cancelled")
     return "copy"
 
 
