@@ -82,9 +82,9 @@ def remove_record(store: Repository, record: InstallRecord) -> Removed:
 def free_sources(store: Repository, record: InstallRecord) -> int:
     """Remove the blobs of `record` that no other record and no other pull names; bytes freed."""
     found = store.scan()
-    keep = _needed(found.records, without=record)
     if found.damaged:
         return 0
+    keep = _needed(found.records, without=record) | leases.names_in_use(store.partial_dir)
     return sum(
         _unlink(store.blob_path(artifact.sha256))
         for artifact in record.artifacts

@@ -126,6 +126,22 @@ def remove_tree(folder: Path, trash: Path) -> int:
     return freed
 
 
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file, perhaps sparse, takes on the disk; 0 when it is not there."""
+    try:
+        return path.stat().st_blocks * 512  # the unit of st_blocks, whatever the file system's
+    except OSError:
+        return 0
+
+
+def shares_disk(path: str, folder: Path) -> bool:
+    """Whether `path` is on the file system of `folder`, so that it can be linked there."""
+    try:
+        return Path(path).stat().st_dev == folder.stat().st_dev
+    except (OSError, ValueError):
+        return False
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes an ordinary user may still write where `folder` is, or will be."""
     while not folder.exists() and folder != folder.parent:

@@ -105,7 +105,7 @@ def find(found: Scan, text: str) -> InstallRecord:
                     "the model again, or remove it with omg model rm"
                 )
     if reference is not None and reference.provider != "hub":
-        same = [record for record in found.records if _source(record) == reference.source]
+        same = [record for record in found.records if source_of(record) == reference.source]
         variant = reference.variant.lower() if reference.variant else None
         if match := _choose(same, variant, reference.revision):
             return match
@@ -145,7 +145,7 @@ def check_free(found: Scan, record: InstallRecord) -> None:
         same_variant = other.variant == record.variant
         if other.provider == record.provider and not same_variant:
             continue  # another variant of the same model
-        if other.provider == record.provider and _source(other) == _source(record):
+        if other.provider == record.provider and source_of(other) == source_of(record):
             continue  # a newer pull of the same source
         if other.provider == record.provider and other.artifacts == record.artifacts:
             continue  # the same bytes from another place
@@ -263,7 +263,8 @@ def _is_revision(record: InstallRecord, revision: str) -> bool:
     return is_commit or record.revision.branch == revision
 
 
-def _source(record: InstallRecord) -> str:
+def source_of(record: InstallRecord) -> str:
+    """Where a record's bytes come from: `ModelRef.source` of the reference it was pulled by."""
     try:
         return ModelRef.parse(record.source_ref).source
     except InvalidName:

@@ -225,7 +225,15 @@ class Repository:
                 files.sync_folder(self.compiled_dir)
         return target
 
+    def discard(self, temp: Path) -> None:
+        """Remove a temporary folder, if it is still there."""
+        shutil.rmtree(temp, ignore_errors=True)  # what resists is for gc
+
     # ------------------------------------------------------------------ records
+
+    def check_name_free(self, record: InstallRecord) -> None:
+        """Raise Conflict when `write_record(record)` would: another model has the name."""
+        manifests.check_free(self.scan(), record)
 
     def write_record(self, record: InstallRecord) -> InstallRecord:
         """Install: from this call on the model is there. Returns the record as stored.

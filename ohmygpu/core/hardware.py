@@ -1,0 +1,286 @@
+"""What this machine has: cores, memory, instruction sets, NVIDIA GPUs. Standard library only.
+
+Limits of the process count, not those of the machine: CPU affinity, and the CPU and memory limits
+of its control groups (containers), versions 1 and 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+MIN_DRIVER = 580  # the first NVIDIA driver with CUDA 13
+MIN_COMPUTE_CAPABILITY = (7, 5)
+
+# our name → what Linux (x86, then Arm) and macOS call it; any one is enough
+_FEATURES = {
+    "avx2": ("avx2", "hw.optional.avx2_0"),
+    "avx512": ("avx512f", "hw.optional.avx512f"),
+    "vnni": ("avx512_vnni", "avx_vnni", "hw.optional.avx512vnni"),
+    "amx": ("amx_int8",),
+    "dotprod": ("asimddp", "hw.optional.arm.FEAT_DotProd"),
+    "i8mm": ("i8mm", "hw.optional.arm.FEAT_I8MM"),
+    "sve": ("sve",),
+    "bf16": ("avx512_bf16", "bf16", "hw.optional.arm.FEAT_BF16"),
+}
+_NO_LIMIT_BYTES = 1 << 60  # control groups of version 1 write "no limit" as a huge number
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU as its driver describes it."""
+
+    name: str
+    driver: str  # "580.95.05"
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+
+    @property
+    def problem(self) -> str | None:
+        """Why ONNX Runtime cannot use it, in words; None when it can."""
+        driver_major = int(self.driver.partition(".")[0] or 0)
+        if driver_major < MIN_DRIVER:
+            return f"driver {self.driver} is older than {MIN_DRIVER}"
+        if self.compute_capability < MIN_COMPUTE_CAPABILITY:
+            found = ".".join(map(str, self.compute_capability))
+            return f"compute capability {found} is below 7.5"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What this process may use."""
+
+    machine: str  # "x86_64", "arm64", …
+    cpu: str
+    physical_cores: int
+    logical_cores: int
+    memory_bytes: int
+    memory_available_bytes: int
+    features: frozenset[str]  # of avx2 avx512 vnni amx dotprod i8mm sve bf16
+    gpus: tuple[Gpu, ...]
+
+
+def detect() -> Hardware:
+    """Look at the machine. Takes milliseconds, or as long as nvidia-smi does (at most 10 s)."""
+    return Hardware(
+        machine=platform.machine().lower(),
+        cpu=cpu_name(),
+        physical_cores=physical_cores(),
+        logical_cores=logical_cores(),
+        memory_bytes=memory_bytes(),
+        memory_available_bytes=memory_available_bytes(),
+        features=cpu_features(),
+        gpus=nvidia_gpus(),
+    )
+
+
+def target(execution_provider: str = "auto") -> str:
+    """What to compile for: `cuda` or `cpu`.
+
+    `execution_provider` is the setting: CPU and CUDA decide, auto means CUDA when a GPU can be
+    used and ONNX Runtime for it is installed.
+    """
+    if execution_provider != "auto":
+        return execution_provider.lower()
+    if platform.machine().lower() not in ("x86_64", "amd64") or not _has_package("onnxruntime-gpu"):
+        return "cpu"
+    return "cuda" if any(gpu.problem is None for gpu in nvidia_gpus()) else "cpu"
+
+
+def logical_cores(root: Path = Path("/")) -> int:
+    """Logical processors this process may run on; a CPU quota counts, rounded up."""
+    count = len(_allowed())
+    quota = _cpu_quota(root)
+    return max(1, min(count, math.ceil(quota)) if quota else count)
+
+
+def physical_cores(root: Path = Path("/")) -> int:
+    """Physical cores this process may run on; a CPU quota counts, rounded up."""
+    if sys.platform == "darwin":
+        fast = _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu")
+        return int(fast or os.cpu_count() or 1)
+    allowed = _allowed()
+    cores: set[str] = set()
+    for cpu in allowed:
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        siblings = _read(topology / "thread_siblings_list")
+        package = _read(topology / "physical_package_id")
+        cores.add(f"{package}:{siblings}" if siblings else f"cpu{cpu}")
+    quota = _cpu_quota(root)
+    return max(1, min(len(cores), math.ceil(quota)) if quota else len(cores))
+
+
+def memory_bytes(root: Path = Path("/")) -> int:
+    """Memory this process may use in all."""
+    if sys.platform == "darwin":
+        return int(_sysctl("hw.memsize") or 0)
+    total = _meminfo(root).get("MemTotal", 0)
+    limits = [limit for limit, _ in _memory_groups(root)]
+    return min([total, *limits])
+
+
+def memory_available_bytes(root: Path = Path("/")) -> int:
+    """Memory this process can still take without swapping; caches that can be dropped count."""
+    if sys.platform == "darwin":
+        return _darwin_available()
+    info = _meminfo(root)
+    available = info.get("MemAvailable", info.get("MemFree", 0) + info.get("Cached", 0))
+    return max(0, min([available, *(limit - used for limit, used in _memory_groups(root))]))
+
+
+def cpu_features(root: Path = Path("/")) -> frozenset[str]:
+    """The instruction sets of interest that the processor has."""
+    if sys.platform == "darwin":
+        names = [name for group in _FEATURES.values() for name in group if name.startswith("hw.")]
+        found = {name for name in names if _sysctl(name) == "1"}
+    else:
+        found = set()
+        for line in _read(root / "proc/cpuinfo").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip().lower() in ("flags", "features"):
+                found = set(value.split())
+                break
+    return frozenset(
+        feature for feature, names in _FEATURES.items() if any(name in found for name in names)
+    )
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's name for people."""
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def nvidia_gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs whose driver answers; empty without one."""
+    fields = "name,driver_version,memory.total,compute_cap"
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()  # no driver, or one that does not work: the same to us
+    return tuple(gpu for line in result.stdout.splitlines() if (gpu := parse_gpu(line)))
+
+
+def parse_gpu(line: str) -> Gpu | None:
+    """One line of nvidia-smi's answer (name, driver, MiB, capability); None when it is not one."""
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) != 4:
+        return None
+    name, driver, memory, capability = parts
+    try:
+        major, _, minor = capability.partition(".")
+        return Gpu(name, driver, int(memory) * 2**20, (int(major), int(minor or 0)))
+    except ValueError:
+        return None
+
+
+def _allowed() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _has_package(name: str) -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(name))
+    return False
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """`/proc/meminfo` in bytes."""
+    pairs = re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    return {name: int(value) * 1024 for name, value in pairs}
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the process's control groups for `controller`, from its own to the top."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while True:  # in a container the path may be the host's: then only the top is there
+            if folder.is_dir():
+                yield folder
+            if folder == top or top not in folder.parents:
+                break
+            folder = folder.parent
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """The tightest CPU limit in processors; None without one."""
+    quotas: list[float] = []
+    for folder in _groups(root, "cpu"):
+        limit, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if not limit:
+            limit, period = (
+                _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+            )
+        if limit.isdigit() and period.isdigit() and int(limit) and int(period):
+            quotas.append(int(limit) / int(period))
+    return min(quotas, default=None)
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be dropped) of each control group with a limit."""
+    for folder in _groups(root, "memory"):
+        for limit_name, used_name, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = (_read(folder / name).strip() for name in (limit_name, used_name))
+            if limit.isdigit() and int(limit) < _NO_LIMIT_BYTES:
+                stat = _read(folder / "memory.stat")
+                match = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+                droppable = int(match[1]) if match else 0
+                in_use = int(used) if used.isdigit() else 0
+                yield int(limit), max(0, in_use - droppable)
+
+
+def _darwin_available() -> int:
+    output = _run(["vm_stat"])
+    page = re.search(r"page size of (\d+) bytes", output)
+    pages = re.findall(r"^Pages (free|inactive|purgeable|speculative):\s+(\d+)", output, re.M)
+    return sum(int(count) for _, count in pages) * int(page[1] if page else 4096)
+
+
+def _sysctl(name: str) -> str:
+    return _run(["sysctl", "-n", name]).strip()
+
+
+def _run(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout if result.returncode == 0 else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

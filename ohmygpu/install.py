@@ -1,0 +1,396 @@
+"""Installing and removing models: provider → blobs → compile → record, in one place.
+
+    pull = resolve → (supported? space?) → fetch → verify → compile → record
+
+Each arrow is a commit point: what is finished stays, and the next pull goes on from there. The
+record is written last, so a model is installed or it is not. Used by the daemon, and by the
+terminal directly when no daemon answers; the store's locks make both safe at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from .core import files
+from .core.errors import (
+    Cancelled,
+    CorruptFile,
+    InvalidName,
+    InvalidRequest,
+    NetworkError,
+    NotFound,
+    OhMyGPUError,
+)
+from .core.events import Event, EventSink
+from .core.manifests import source_of
+from .core.records import Artifact, CompiledModel, InstallRecord
+from .core.refs import ModelRef, check_name
+from .core.repository import GcReport, Removed, Repository
+from .core.settings import Settings
+
+if TYPE_CHECKING:
+    from .core.provider import Provider, Resolved
+
+_WEIGHTS = ("safetensors", "gguf")
+# Bytes of the compiled model per byte of source weights, rounded up: (source format, recipe).
+_GROWTH = {
+    ("safetensors", "f32"): 2.1,
+    ("safetensors", "q8"): 0.7,
+    ("safetensors", "q4"): 0.5,
+    ("gguf", "exact"): 1.5,
+    ("gguf", "f32"): 8.0,
+    ("gguf", "q8"): 2.2,
+    ("gguf", "q4"): 1.5,
+}
+
+
+def ignore(_: Event) -> None:
+    """An event sink that drops everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pull is going to install, decided before a byte of weights moves."""
+
+    resolved: Resolved
+    name: str
+    variant: str
+    recipe: str
+    target: str
+    family: str  # part of the compile key; "" for GGUF, whose bytes alone decide it
+    wants_default: bool  # asked for by the bare name
+
+    @property
+    def ref(self) -> ModelRef:
+        """The reference as pulled."""
+        return self.resolved.ref
+
+
+def pull(
+    reference: str,
+    settings: Settings,
+    *,
+    name: str | None = None,
+    recipe: str | None = None,
+    sink: EventSink = ignore,
+    cancel: threading.Event | None = None,
+) -> InstallRecord:
+    """Install the model that `reference` names; does only what is not done yet.
+
+    `name` is the name to install under instead of its own, `recipe` what to compile to instead of
+    what suits the source. Blocks until done; `sink` receives the events on this thread and, last,
+    exactly one `done` or `error`. Setting `cancel` ends it with Cancelled within about a second;
+    what was downloaded stays for the next try.
+    """
+    cancel = cancel or threading.Event()
+    try:
+        record = _pull(reference, settings, name, recipe, sink, cancel)
+    except Exception as cause:
+        error = _as_error(cause, settings)
+        sink(Event("error", error.message, error=error))
+        if error is cause:
+            raise
+        raise error from cause
+    shown = record.name if record.is_default else record.full_name
+    sink(Event("done", f"{record.full_name} is installed", name=shown))
+    return record
+
+
+def remove(name: str, settings: Settings) -> Removed:
+    """Remove an installed model and what only it needs. Raises ModelNotFound, or Conflict while
+    it is being pulled."""
+    return Repository(settings.home).remove(name)
+
+
+def collect_garbage(settings: Settings, sources: bool = False) -> GcReport:
+    """Remove what no installed model needs; with `sources` also the source files of those."""
+    return Repository(settings.home).gc(sources)
+
+
+def _pull(
+    reference: str,
+    settings: Settings,
+    name: str | None,
+    recipe: str | None,
+    sink: EventSink,
+    cancel: threading.Event,
+) -> InstallRecord:
+    from .core.provider import provider_for
+
+    ref = ModelRef.parse(reference)
+    name = None if name is None else _given_name(name)
+    repository = Repository(settings.home)
+    sink(Event("resolve", f"looking up {ref.display}"))
+    provider = provider_for(ref, settings)
+    try:
+        resolved = provider.resolve(ref)
+    except NetworkError as error:
+        raise _unreachable(error, repository, reference) from error
+    _stop_if(cancel)
+    plan = make_plan(resolved, settings, name, recipe)
+    installed = _installed(repository, plan)
+    if installed is not None and _is_current(installed, plan):
+        return installed
+
+    def on_wait() -> None:
+        sink(Event("resolve", f"another process is pulling {plan.name}; waiting for it"))
+
+    with repository.lock(plan.name, on_wait=on_wait, cancel=cancel):
+        installed = _installed(repository, plan)
+        if installed is not None:
+            return _update_default(repository, installed, plan)
+        with repository.lease():
+            record = _install(repository, provider, plan, sink, cancel)
+        if not settings.models.keep_source:
+            repository.free_sources(record)
+    return record
+
+
+def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: str | None) -> Plan:
+    """Decide name, variant, recipe and target.
+
+    Raises UnsupportedModel for an architecture without a converter, where that is known by now,
+    and InvalidRequest for a recipe that does not exist or does not suit the source.
+    """
+    from .convert import family, recipes
+    from .core import hardware
+
+    family_name = "" if resolved.config is None else family.check_supported(resolved.config)
+    target = hardware.target(settings.engine.execution_provider)
+    source_format = resolved.source_format
+    asked = None if recipe in (None, "auto") else str(recipe).strip().lower()
+    if source_format == "safetensors" and resolved.variant:
+        if asked not in (None, resolved.variant):
+            raise InvalidRequest(
+                f"{resolved.ref.display} names the recipe {resolved.variant} and --recipe says "
+                f"{asked}; give one of the two",
+                param="recipe",
+            )
+        asked = resolved.variant
+    if asked is None and settings.models.recipe != "auto":
+        asked = settings.models.recipe
+    chosen = recipes.recipe(asked or recipes.default_recipe(source_format, hardware))
+    recipes.check(chosen, recipes.target(target), source_format)
+    variant = chosen.name
+    if source_format == "gguf" and resolved.variant:
+        suffix = "" if chosen.name == "exact" else f"-{chosen.name}"
+        variant = f"{resolved.variant.lower()}{suffix}"
+    return Plan(
+        resolved=resolved,
+        name=check_name(name or resolved.display_name),
+        variant=variant,
+        recipe=chosen.name,
+        target=target,
+        family="" if source_format == "gguf" else family_name,
+        wants_default=resolved.ref.variant is None,
+    )
+
+
+def compiled_estimate_bytes(plan: Plan) -> int:
+    """About how large the compiled model is going to be."""
+    weights = sum(file.size for file in plan.resolved.files if file.format in _WEIGHTS)
+    return int(weights * _GROWTH.get((plan.resolved.source_format, plan.recipe), 2.0))
+
+
+def _install(
+    repository: Repository,
+    provider: Provider,
+    plan: Plan,
+    sink: EventSink,
+    cancel: threading.Event,
+) -> InstallRecord:
+    """Fetch, verify, compile and record, with the model's lock and a lease held."""
+    if plan.ref.provider != "file":  # of a file the name may stay when its bytes are the same
+        repository.check_name_free(_draft(plan, ()))
+    repository.claim(*(file.digest for file in plan.resolved.files if file.digest))
+    needed = _missing_bytes(repository, plan) + compiled_estimate_bytes(plan)
+    repository.check_space(needed, f"pulling and compiling {plan.name}")
+    artifacts = provider.fetch(plan.resolved, repository, sink, cancel)
+    draft = _draft(plan, artifacts)
+    repository.check_name_free(draft)
+    with repository.lock(draft.compiled_key, cancel=cancel):
+        if not repository.has_compiled(draft.compiled_key):
+            _stop_if(cancel)
+            try:
+                _verify(repository, artifacts, sink, cancel)
+            except CorruptFile:  # a damaged blob is gone now: once more from its provider
+                fetched = provider.fetch(plan.resolved, repository, sink, cancel)
+                if fetched != artifacts:
+                    raise
+                _verify(repository, artifacts, sink, cancel)
+            _compile(repository, draft, plan, sink, cancel)
+    folder = repository.compiled_path(draft.compiled_key)
+    compiled = CompiledModel.load(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    record = replace(draft, family=compiled.family, compiled_bytes=size)
+    return _commit(repository, record)
+
+
+def _commit(repository: Repository, record: InstallRecord) -> InstallRecord:
+    """Write the record, unless one that says the same is there."""
+    for other in repository.records():
+        if (other.provider, other.full_name.lower()) == (
+            record.provider,
+            record.full_name.lower(),
+        ):
+            record = replace(record, is_default=record.is_default or other.is_default)
+            if replace(record, installed_at=other.installed_at) == other:
+                return other
+    return repository.write_record(record)
+
+
+def _verify(
+    repository: Repository,
+    artifacts: tuple[Artifact, ...],
+    sink: EventSink,
+    cancel: threading.Event,
+) -> None:
+    """Check the blobs that this pull did not store itself. Raises CorruptFile, Cancelled."""
+    total = sum(artifact.size for artifact in artifacts)
+    done = 0
+    for artifact in artifacts:
+
+        def progress(count: int, artifact: Artifact = artifact) -> None:
+            nonlocal done
+            done += count
+            sink(
+                Event(
+                    "verify",
+                    f"checking {artifact.filename}",
+                    done_bytes=min(done, total),
+                    total_bytes=total,
+                    file=artifact.filename,
+                    sha256=artifact.sha256,
+                )
+            )
+
+        repository.check_blob(artifact, progress, cancel)
+
+
+def _compile(
+    repository: Repository,
+    draft: InstallRecord,
+    plan: Plan,
+    sink: EventSink,
+    cancel: threading.Event,
+) -> None:
+    """Compile into a temporary folder and commit that."""
+    from .convert.process import compile_in_subprocess
+
+    message = f"compiling {draft.full_name}"
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        sink(Event("compile", message, done_bytes=done_bytes, total_bytes=total_bytes))
+
+    sink(Event("compile", message))
+    folder = repository.new_compiled()
+    try:
+        sources = {
+            artifact.filename: repository.blob_path(artifact.sha256) for artifact in draft.artifacts
+        }
+        compile_in_subprocess(sources, folder, draft.recipe, plan.target, progress, cancel)
+        repository.commit_compiled(folder, draft.compiled_key)
+    finally:
+        repository.discard(folder)
+
+
+def _draft(plan: Plan, artifacts: tuple[Artifact, ...]) -> InstallRecord:
+    """The record to be, without what only the compile tells."""
+    from .convert.family import compile_key
+
+    digests = [artifact.sha256 for artifact in artifacts]
+    return InstallRecord(
+        provider=plan.ref.provider,
+        name=plan.name,
+        variant=plan.variant,
+        is_default=plan.wants_default,
+        source_ref=plan.ref.display,
+        revision=plan.resolved.revision,
+        artifacts=artifacts,
+        compiled_key=compile_key(digests, plan.family, plan.recipe, plan.target),
+        recipe=plan.recipe,
+        family=plan.family,
+        compiled_bytes=0,
+        installed_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+    )
+
+
+def _installed(repository: Repository, plan: Plan) -> InstallRecord | None:
+    """The record of exactly this revision, recipe and target, if its compiled model is whole."""
+    revision = plan.resolved.revision
+    for record in repository.records():
+        if (
+            revision is not None
+            and record.revision is not None
+            and record.revision.resolved_commit == revision.resolved_commit
+            and (record.provider, record.recipe) == (plan.ref.provider, plan.recipe)
+            and (record.name.lower(), record.variant) == (plan.name.lower(), plan.variant)
+            and source_of(record) == plan.ref.source
+            and repository.compiled_problem(record.compiled_key) is None
+        ):
+            compiled = CompiledModel.load(repository.compiled_path(record.compiled_key))
+            return record if compiled.target == plan.target else None
+    return None
+
+
+def _is_current(installed: InstallRecord, plan: Plan) -> bool:
+    return installed.is_default or not plan.wants_default
+
+
+def _update_default(repository: Repository, installed: InstallRecord, plan: Plan) -> InstallRecord:
+    if _is_current(installed, plan):
+        return installed
+    return repository.write_record(replace(installed, is_default=True))
+
+
+def _missing_bytes(repository: Repository, plan: Plan) -> int:
+    """Bytes that the sources still need on the disk."""
+    total = 0
+    for file in plan.resolved.files:
+        if file.sha256 and repository.has_blob(file.sha256, file.size):
+            continue
+        if plan.ref.provider == "file" and files.shares_disk(file.url, repository.models_dir):
+            continue  # linked, not copied
+        part = repository.partial_dir / f"{file.digest}.part"
+        total += max(0, file.size - files.allocated_bytes(part))
+    return total
+
+
+def _as_error(cause: Exception, settings: Settings) -> OhMyGPUError:
+    """The error to show for whatever a pull raised."""
+    if isinstance(cause, OhMyGPUError):
+        return cause
+    if isinstance(cause, OSError):
+        reason = f"{cause.strerror or type(cause).__name__}: {cause.filename or settings.home}"
+        return files.explain(cause, settings.home, "the model") or OhMyGPUError(reason)
+    return OhMyGPUError(f"the pull failed unexpectedly ({type(cause).__name__}: {cause})")
+
+
+def _given_name(name: str) -> str:
+    """A name the user chose. Raises InvalidName."""
+    name = name.strip()
+    head, _, variant = name.partition(":")
+    if variant and variant.lower() != "latest":
+        raise InvalidName(
+            f'"{name}": a name has no variant of its own; leave out ":{variant}"', name=name
+        )
+    return check_name(head)
+
+
+def _unreachable(error: NetworkError, repository: Repository, reference: str) -> NetworkError:
+    """`error`, saying that the model is installed where that is so."""
+    try:
+        record = repository.find(reference)
+    except (NotFound, InvalidName, CorruptFile):
+        return error
+    return type(error)(
+        f"{error.message}; {record.full_name} is installed and stays usable", **error.details
+    )
+
+
+def _stop_if(cancel: threading.Event) -> None:
+    if cancel.is_set():
+        raise Cancelled("the pull was cancelled")
