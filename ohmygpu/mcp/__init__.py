@@ -1,1 +1,1 @@
-"""Part of ohmygpu."""
+"""Model Context Protocol server over the daemon."""

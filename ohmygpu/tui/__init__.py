@@ -1,1 +1,1 @@
-"""Part of ohmygpu."""
+"""Full-screen terminal chat. Until it exists, `ohmygpu.cli.repl` holds the chat by lines."""

