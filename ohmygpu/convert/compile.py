@@ -1,0 +1,130 @@
+"""Compile one model: files in, a folder that can be served out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from ..core.errors import DiskFull
+from ..core.records import COMPILE_FILE, CompiledModel
+from . import recipes
+from .decoder import Decoder, Emitter
+from .family import CONVERTER_VERSION, check_supported, family
+from .graph import Graph
+from .recipes import Recipe, Target
+from .source import Source, open_source
+from .tokenizer import prepare_tokenizer
+from .weights import Progress, Weights
+
+
+def compile_model(
+    files: Mapping[str, Path],
+    output: Path,
+    recipe: str,
+    target: str,
+    progress: Progress = lambda done, total: None,
+) -> CompiledModel:
+    """Compile the model in `files` (name in its repository → path) into the folder `output`.
+
+    Writes model.onnx, model.onnx.data, the tokenizer, the chat template where there is one, and
+    compile.json last. `progress` receives (done_bytes, total_bytes) of the source's weights.
+    Raises UnsupportedModel, CorruptFile, InvalidRequest (recipe, target) or DiskFull.
+    """
+    chosen, processor = recipes.recipe(recipe), recipes.target(target)
+    with closing(open_source(files)) as source:
+        recipes.check(chosen, processor, source.format)
+        try:
+            return compile_source(source, output, chosen, processor, progress)
+        except OSError as error:
+            raise _disk_error(error) from error
+
+
+def compile_source(
+    source: Source,
+    output: Path,
+    recipe: Recipe,
+    target: Target,
+    progress: Progress = lambda done, total: None,
+) -> CompiledModel:
+    """`compile_model` for an opened source."""
+    name = check_supported(source.config)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare_tokenizer(source, output)
+    decoder, weights_bytes = write_graph(source, output, recipe, target, progress)
+    compiled = CompiledModel(
+        family=name,
+        converter_version=CONVERTER_VERSION,
+        recipe=recipe.name,
+        target=target.name,
+        context_length=decoder.rope.context_tokens,
+        vocab_size=decoder.vocab_size,
+        layers=decoder.layers,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.cache_dim,
+        kv_dtype=target.dtype,
+        parameters=sum(info.elements for info in source.tensors.values()),
+        weights_bytes=weights_bytes,
+        source_format=source.format,
+        quantization=source.quantization if recipe.name == "exact" else recipe.name,
+        hidden_size=decoder.hidden_size,
+        heads=decoder.heads,
+        feed_forward_length=decoder.feed_forward_length,
+        rope_theta=decoder.rope.theta,
+        norm_epsilon=decoder.norm_epsilon,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        generation=dict(tokenizer.generation),
+        license=str(source.config.get("license") or ""),
+        files=_sizes(output),
+    )
+    compiled.save(output)
+    _sync(output)
+    return compiled
+
+
+def write_graph(
+    source: Source, output: Path, recipe: Recipe, target: Target, progress: Progress
+) -> tuple[Decoder, int]:
+    """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
+    builder = family(check_supported(source.config))
+    config = builder.Config.read(source.config)
+    with Graph(output) as graph, closing(
+        Weights(source, graph, recipe, target, progress)
+    ) as weights:
+        weights.check_names(builder.weights(config), lambda name: builder.ignored(config, name))
+        builder.build(config, Emitter(graph, weights, recipe, target, config.decoder))
+        graph.save(str(CONVERTER_VERSION))
+        return config.decoder, graph.weights_bytes
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.iterdir()) if path.name != COMPILE_FILE)
+    return {path.name: path.stat().st_size for path in files}
+
+
+def _sync(folder: Path) -> None:
+    """Flush the small files and the folder itself; the graph's own files are flushed already."""
+    for path in folder.iterdir():
+        _fsync(path)
+    if os.name == "posix":
+        _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_error(error: OSError) -> Exception:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("no space left on the disk while compiling; free some and pull again")
+    return error

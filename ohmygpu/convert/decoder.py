@@ -1,0 +1,70 @@
+"""The shape of a decoder and the inputs and outputs that every decoder's graph has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .graph import Graph
+from .recipes import Recipe, Target
+from .rope import Rope
+from .weights import Weights
+
+_HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention's
+_FUSED_ROTARY_MULTIPLE = 16  # of the head and of the part that turns, when attention does RoPE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """Sizes of a decoder-only transformer, as its config gives them."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward_length: int
+    norm_epsilon: float
+    rope: Rope
+
+    @property
+    def cache_dim(self) -> int:
+        """head_dim as the KV cache stores it: padded with zeros to what the attention takes."""
+        return -(-self.head_dim // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether attention can turn queries and keys itself, from a constant table."""
+        even = self.head_dim % _FUSED_ROTARY_MULTIPLE == 0
+        return (
+            even
+            and self.rope.rotary_dim % _FUSED_ROTARY_MULTIPLE == 0
+            and self.rope.stretched is None
+        )
+
+
+class Emitter:
+    """What layer functions write to: the graph, the weights, the recipe's and target's choices."""
+
+    def __init__(
+        self, graph: Graph, weights: Weights, recipe: Recipe, target: Target, decoder: Decoder
+    ) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.recipe = recipe
+        self.target = target
+        self.decoder = decoder
+        self.dtype = np.dtype(target.dtype)
+        self.group_sums: dict[tuple[str, int], str] = {}  # (value, group) → its sums by group
+        self.input_ids = graph.input("input_ids", np.int64, ["B", "S"])
+        self.seqlens_k = graph.input("seqlens_k", np.int32, ["B"])
+        self.total_sequence_length = graph.input("total_sequence_length", np.int32, [])
+        self.logit_rows = graph.input("logit_rows", np.int64, ["R"])
+        graph.output("logits", np.float32, ["R", decoder.vocab_size])
+        cache = ["B", decoder.kv_heads, "T", decoder.cache_dim]
+        for layer in range(decoder.layers):
+            for kind in ("key", "value"):
+                graph.input(f"past_key_values.{layer}.{kind}", self.dtype, cache)
+                graph.output(f"present.{layer}.{kind}", self.dtype, cache)

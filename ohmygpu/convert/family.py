@@ -1,0 +1,125 @@
+"""Which architectures have a converter, and how to reach it. Standard library only.
+
+A family is one module of `ohmygpu.converters`, named like the `model_type` of its configs. It is
+imported when a model of it is compiled, and nowhere else; `ls converters/` is the support matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ..core.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from .decoder import Decoder, Emitter
+
+CONVERTER_VERSION = 1
+"""Part of every compiled model's key: raise it when the same input compiles to other bytes."""
+
+_PACKAGE = "ohmygpu.converters"
+
+# model_type → the family that is exactly the same network under another name
+ALIASES: Mapping[str, str] = {"code_llama": "llama"}
+
+
+class FamilyConfig(Protocol):
+    """A family's reading of a config; `decoder` holds the sizes every decoder has."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        ...
+
+
+class _ConfigReader(Protocol):
+    def read(self, config: Mapping[str, Any]) -> FamilyConfig: ...
+
+
+class Family(Protocol):
+    """What a module in `converters/` provides."""
+
+    @property
+    def Config(self) -> _ConfigReader:  # noqa: N802 (a class of the module)
+        """`Config.read(config.json as a dict)`; CorruptFile or UnsupportedModel on bad values."""
+        ...
+
+    def weights(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Every tensor the model has, Hugging Face name → shape."""
+        ...
+
+    def ignored(self, config: Any, name: str) -> bool:
+        """Whether a tensor beyond `weights` may be in the files, and carries nothing."""
+        ...
+
+    def build(self, config: Any, e: Emitter) -> None:
+        """Emit the graph, composed of `convert.layers`."""
+        ...
+
+
+def supported_model_types() -> list[str]:
+    """All `model_type`s with a converter, sorted: the files of the package, and the aliases."""
+    spec = find_spec(_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = (path for folder in folders for path in Path(folder).glob("*.py"))
+    return sorted({path.stem for path in files if not path.stem.startswith("_")} | set(ALIASES))
+
+
+def check_supported(config: Mapping[str, Any]) -> str:
+    """The family that builds a model with this config.
+
+    Raises UnsupportedModel, saying what it is and what is supported, for other architectures, for
+    models that do not generate text, and for checkpoints in a quantised layout.
+    """
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or []
+    supported = supported_model_types()
+    if model_type not in supported:
+        shown = str(model_type or "unknown")
+        if architectures:
+            shown = f"{shown} ({architectures[0]})"
+        raise UnsupportedModel(
+            f"the architecture {shown} has no converter; supported: {', '.join(supported)}",
+            model_type=model_type,
+            supported=supported,
+        )
+    if architectures and not any("CausalLM" in str(entry) for entry in architectures):
+        raise UnsupportedModel(
+            f"{architectures[0]} does not generate text: only causal language models are supported",
+            model_type=model_type,
+            supported=supported,
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise UnsupportedModel(
+            f"the checkpoint is quantised ({method or 'unknown method'}); "
+            "pull the original weights or a GGUF file of this model instead",
+            model_type=model_type,
+        )
+    return ALIASES.get(str(model_type), str(model_type))
+
+
+def family(name: str) -> Family:
+    """Import a family by the name `check_supported` gave."""
+    return cast(Family, cast(object, import_module(f"{_PACKAGE}.{name}")))
+
+
+def compile_key(digests: Iterable[str], family: str, recipe: str, target: str) -> str:
+    """64 hex digits that name a compile's result: equal keys, equal bytes.
+
+    `digests` are the SHA256 of all source files that take part, in any order.
+    """
+    parts = {
+        "sources": sorted(digests),
+        "family": family,
+        "converter_version": CONVERTER_VERSION,
+        "recipe": recipe,
+        "target": target,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""Recipes: what a compile stores for each class of weights, and for which processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ..core.errors import InvalidRequest
+
+GROUP = 32  # weights that share a scale
+
+TargetName = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A processor's choices: activations and KV cache, and how MatMulNBits computes.
+
+    `accuracy_level` 4 quantises activations to int8 in the same groups as the weights: on CPUs it
+    is the fast path (the only one for 8 bits); 0 computes in `dtype`, as CUDA does. With it off,
+    8-bit graphs on a CPU are exact but far too slow to serve: a reference for tests.
+    """
+
+    name: str  # cpu | cuda
+    dtype: str  # float32 | float16
+    accuracy_level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Bits of each weight class: 0 = not quantised, None = as the source stores it."""
+
+    name: str
+    body_bits: int | None
+    head_bits: int | None  # token embedding and LM head: more sensitive, and shared when tied
+    about: str = field(compare=False)
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "cpu": Target("cpu", "float32", 4),
+        "cuda": Target("cuda", "float16", 0),
+    }
+)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "f32": Recipe("f32", 0, 0, "weights untouched, float32"),
+        "q8": Recipe("q8", 8, 8, "8 bits, groups of 32: close to lossless"),
+        "q4": Recipe("q4", 4, 8, "4 bits, groups of 32, embedding and LM head 8 bits: smallest"),
+        "exact": Recipe("exact", None, None, "the blocks of a GGUF file, bit for bit"),
+    }
+)
+
+
+def recipe(name: str) -> Recipe:
+    """Look a recipe up. Raises InvalidRequest naming those that exist."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        known = ", ".join(RECIPES)
+        raise InvalidRequest(
+            f"there is no recipe {name!r}; choose one of {known}", param="recipe"
+        ) from None
+
+
+def target(name: str) -> Target:
+    """Look a target up. Raises InvalidRequest naming those that exist."""
+    try:
+        return TARGETS[name]
+    except KeyError:
+        known = ", ".join(TARGETS)
+        raise InvalidRequest(
+            f"there is no target {name!r}; choose one of {known}", param="target"
+        ) from None
+
+
+def check(recipe: Recipe, target: Target, source_format: str) -> None:
+    """Raise InvalidRequest when this recipe cannot be made from this source for this target."""
+    if recipe.name == "exact" and source_format != "gguf":
+        raise InvalidRequest(
+            "the recipe exact keeps the blocks of a GGUF file; "
+            "for SafeTensors weights choose q8, q4 or f32",
+            param="recipe",
+        )
+    if recipe.name == "f32" and target.name != "cpu":
+        raise InvalidRequest(
+            f"the recipe f32 runs on the CPU only ({target.name} has no float32 attention); "
+            "choose q8 or q4",
+            param="recipe",
+        )
+
+
+def default_recipe(source_format: str, hardware: Any = None) -> str:
+    """The recipe used when none is asked for: `exact` for GGUF, `q8` for SafeTensors.
+
+    `hardware` is accepted so that a choice by processor needs no new signature; today both
+    defaults are right on every processor.
+    """
+    del hardware
+    return "exact" if source_format == "gguf" else "q8"

@@ -1,0 +1,142 @@
+"""How RoPE enters a graph: inside the attention, or as nodes before it.
+
+Attention turns queries and keys itself when it can: a constant table, and widths that are
+multiples of 16. Otherwise cos and sin are made once per run, for each row's own positions, and
+RotaryEmbedding applies them in each layer. Both take positions from `seqlens_k`: the S new tokens
+of a row end at its total length, and a row that is shorter than S is padded and starts at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .decoder import Emitter
+from .rope import Stretched
+
+_INT64, _FLOAT = 7, 1  # TensorProto types for Cast
+ROPE_LENGTH_INPUT = "rope_length"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """RoPE as the layers of one graph use it: `fused` tables, or cos and sin for `turn`."""
+
+    e: Emitter
+    fused: bool
+    cos: str  # fused: the table, an input of the attention; else empty
+    sin: str
+    row_cos: str = ""  # (B, S, rotary_dim / 2)
+    row_sin: str = ""
+
+    def turn(self, path: str, x: str, heads: int) -> str:
+        """Turn (B, S, heads * head_dim) by the rows' positions."""
+        return self.e.graph.node(
+            f"{path}/RotaryEmbedding",
+            [x, self.row_cos, self.row_sin],
+            interleaved=0,
+            num_heads=heads,
+            rotary_embedding_dim=self.e.decoder.rope.rotary_dim,
+        )
+
+
+def rotary(e: Emitter) -> Rotary:
+    """Choose how this graph does RoPE and emit what all layers share."""
+    rope = e.decoder.rope
+    if rope.stretched is not None:
+        return Rotary(e, False, "", "", *_stretched_rows(e, rope.stretched))
+    cos, sin = (_table(e, name) for name in ("cos", "sin"))
+    if e.decoder.fuses_rope:
+        return Rotary(e, True, cos, sin)
+    positions = _positions(e)
+    row_cos, row_sin = (
+        e.graph.node(f"/model/rotary/{name}/Gather", [table, positions])
+        for name, table in (("cos", cos), ("sin", sin))
+    )
+    return Rotary(e, False, "", "", row_cos, row_sin)
+
+
+def _table(e: Emitter, name: str) -> str:
+    rope = e.decoder.rope
+    shape = (rope.context_tokens, rope.rotary_dim // 2)
+    return e.graph.weight(f"model.rotary.{name}", e.dtype, shape, rope.tables(name))
+
+
+def _positions(e: Emitter) -> str:
+    """Positions of the new tokens, (B, S) int64."""
+    g, path = e.graph, "/model/rotary"
+    zero, one = (_constant(e, name, np.int64(value)) for name, value in (("0", 0), ("1", 1)))
+    axis = _constant(e, "last_axis", np.array([1], np.int64))
+    new = g.node(f"{path}/new/Shape", [e.input_ids], start=1, end=2)  # (1,): S
+    new_scalar = g.node(f"{path}/new/Squeeze", [new])
+    last = g.node(f"{path}/last/Cast", [e.seqlens_k], to=_INT64)  # (B,): total - 1
+    total = g.node(f"{path}/total/Add", [last, one])
+    past = g.node(f"{path}/past/Sub", [total, new])
+    past = g.node(f"{path}/past/Max", [past, zero])
+    past = g.node(f"{path}/past/Unsqueeze", [past, axis])  # (B, 1)
+    steps = g.node(f"{path}/steps/Range", [zero, new_scalar, one])  # (S,)
+    return g.node(f"{path}/positions/Add", [past, steps])
+
+
+def _stretched_rows(e: Emitter, stretched: Stretched) -> tuple[str, str]:
+    """cos and sin, (B, S, rotary_dim / 2), with each row's frequencies chosen by its length.
+
+    The length of a row is its total length after this run or, where that is larger, the optional
+    input `rope_length` (B,) int32: set it to a prompt's full length while computing the prompt in
+    pieces, and all pieces get the frequencies the whole prompt would.
+    """
+    g, rope, path = e.graph, e.decoder.rope, "/model/rotary"
+    one = _constant(e, "one_token", np.int32(1))
+    columns = _constant(e, "length_axis", np.array([1], np.int64))
+    asked = g.default_input(ROPE_LENGTH_INPUT, np.zeros(1, np.int32))
+    length = g.node(f"{path}/length/Add", [e.seqlens_k, one])
+    length = g.node(f"{path}/length/Max", [length, asked])
+    length = g.node(f"{path}/length/Unsqueeze", [length, columns])  # (B, 1)
+    original = _constant(e, "original_tokens", np.int32(stretched.original_tokens))
+    longer = g.node(f"{path}/length/Greater", [length, original])  # (B, 1) bool
+    base = _constant(e, "frequencies", rope.frequencies)
+    if stretched.frequencies is not None:
+        long = _constant(e, "long_frequencies", stretched.frequencies)
+    else:
+        long = _dynamic_frequencies(e, stretched, length)
+    frequencies = g.node(f"{path}/frequencies/Where", [longer, long, base])  # (B, D/2)
+    frequencies = g.node(f"{path}/frequencies/Unsqueeze", [frequencies, columns])
+    positions = g.node(f"{path}/positions/Cast", [_positions(e)], to=_FLOAT)  # (B, S)
+    last = _constant(e, "angle_axis", np.array([2], np.int64))
+    positions = g.node(f"{path}/positions/Unsqueeze", [positions, last])
+    angles = g.node(f"{path}/angles/Mul", [positions, frequencies])  # (B, S, D/2)
+    return _scaled(e, "Cos", angles), _scaled(e, "Sin", angles)
+
+
+def _dynamic_frequencies(e: Emitter, stretched: Stretched, length: str) -> str:
+    """Frequencies of dynamic NTK scaling for each row's length, (B, rotary_dim / 2)."""
+    g, rope, path = e.graph, e.decoder.rope, "/model/rotary/dynamic"
+    dim, factor, original = rope.rotary_dim, stretched.factor, stretched.original_tokens
+    exponents = -np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    tokens = g.node(f"{path}/Cast", [length], to=_FLOAT)
+    slope = _constant(e, "dynamic_slope", np.float32(factor / original))
+    offset = _constant(e, "dynamic_offset", np.float32(factor - 1))
+    power = _constant(e, "dynamic_power", np.float32(dim / (dim - 2)))
+    theta = _constant(e, "theta", np.float32(rope.theta))
+    growth = g.node(f"{path}/growth/Mul", [tokens, slope])
+    growth = g.node(f"{path}/growth/Sub", [growth, offset])
+    growth = g.node(f"{path}/growth/Max", [growth, _constant(e, "one", np.float32(1))])
+    growth = g.node(f"{path}/growth/Pow", [growth, power])
+    base = g.node(f"{path}/base/Mul", [growth, theta])  # (B, 1)
+    return g.node(f"{path}/Pow", [base, _constant(e, "exponents", exponents)])
+
+
+def _scaled(e: Emitter, function: str, angles: str) -> str:
+    path, factor = f"/model/rotary/{function.lower()}", e.decoder.rope.attention_factor
+    value = e.graph.node(f"{path}/{function}", [angles])
+    if factor != 1.0:
+        scale = _constant(e, f"{function.lower()}_factor", np.float32(factor))
+        value = e.graph.node(f"{path}/Mul", [value, scale])
+    if e.dtype != np.float32:
+        value = e.graph.node(f"{path}/Cast", [value], to=10)  # float16
+    return value
+
+
+def _constant(e: Emitter, name: str, value: np.generic | np.ndarray) -> str:  # type: ignore[type-arg]
+    return e.graph.constant(f"model.rotary.{name}", np.asarray(value))

@@ -1,0 +1,249 @@
+"""From the source's tensors to the graph's constants, in the recipe's precision, a few rows at a
+time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import CorruptFile, UnsupportedModel
+from .graph import Graph
+from .quantize import quantize_rows
+from .recipes import GROUP, Recipe, Target
+from .source import Source, row_chunks
+
+Float32 = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+"""Called with (done_bytes, total_bytes) of the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix in the graph: (rows, columns), each row giving one output.
+
+    `bits` 0 means one float per weight in `data`; otherwise `data` holds codes (rows, groups,
+    group * bits / 8), `scales` (rows, groups) and, where the source's blocks have a minimum,
+    `correction` (rows, groups), which is to be added to every weight of its group.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    data: str
+    scales: str = ""
+    correction: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return -(-self.columns // self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a matrix will be stored, known before it is read."""
+
+    bits: int
+    group: int = GROUP
+    from_blocks: bool = False
+    has_correction: bool = False
+
+
+class Weights:
+    """The source's tensors on their way into the graph; each is checked, then written once.
+
+    Raises CorruptFile for a tensor that is missing, of another shape than the config says, or that
+    holds NaN or infinity; UnsupportedModel for one that the family does not know.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        graph: Graph,
+        recipe: Recipe,
+        target: Target,
+        progress: Progress,
+    ) -> None:
+        self.dtype = np.dtype(target.dtype)
+        self._source = source
+        self._graph = graph
+        self._recipe = recipe
+        self._progress = progress
+        self._matrices: dict[tuple[str, ...], Matrix] = {}
+        self._elements = sum(info.elements for info in source.tensors.values()) or 1
+        self._done_elements = 0
+        self._pool = ThreadPoolExecutor(workers := _processors(), "quantise")
+        self._ahead = workers + 1  # pieces in flight: bounds the memory
+
+    def close(self) -> None:
+        """Stop the helper threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def check_names(
+        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+    ) -> None:
+        """Compare the source with the names and shapes the family expects."""
+        found = self._source.tensors
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise CorruptFile(
+                f"the weights lack {missing[0]} ({len(missing)} of {len(expected)} tensors are "
+                "missing); the files do not belong to this config",
+                tensor=missing[0],
+            )
+        for name, shape in expected.items():
+            if found[name].shape != shape:
+                raise CorruptFile(
+                    f"{name} has shape {list(found[name].shape)} where the config says "
+                    f"{list(shape)}",
+                    tensor=name,
+                )
+        unknown = [name for name in found if name not in expected and not ignored(name)]
+        if unknown:
+            raise UnsupportedModel(
+                f"the weights hold {unknown[0]}, which this architecture does not have "
+                f"({len(unknown)} such tensors)",
+                tensor=unknown[0],
+            )
+
+    def vector(self, names: Sequence[str], label: str) -> str:
+        """One-dimensional tensors, joined, as one float constant of the graph."""
+        parts = [self._checked(name, self._source.read(name)) for name in names]
+        for part in parts:
+            self._advance(part.size)
+        return self._graph.constant(label, np.concatenate(parts).astype(self.dtype))
+
+    def layout(self, name: str, *, head: bool = False) -> Layout:
+        """How the recipe stores the matrix `name`."""
+        bits = self._recipe.head_bits if head else self._recipe.body_bits
+        if bits is not None:
+            return Layout(bits)
+        blocks = self._source.block_layout(name)
+        if blocks is None:
+            return Layout(0)
+        return Layout(blocks.bits, blocks.block_size, True, blocks.has_correction)
+
+    def matrix(self, names: Sequence[str], label: str, *, head: bool = False) -> Matrix:
+        """Matrices with equal columns and layouts, stacked by rows; the same names are written
+        once.
+        """
+        key = tuple(names)
+        if key not in self._matrices:
+            layout = self.layout(names[0], head=head)
+            write = self._write_quantised if layout.bits else self._write_floats
+            self._matrices[key] = write(names, label, layout)
+        return self._matrices[key]
+
+    def floats(self, name: str, label: str) -> Matrix:
+        """The matrix `name` unquantised, whatever the recipe says."""
+        return self._write_floats([name], label, Layout(0))
+
+    def _write_floats(self, names: Sequence[str], label: str, layout: Layout) -> Matrix:
+        rows, columns = self._shape(names)
+
+        def parts() -> Iterator[NDArray[Any]]:
+            for name, chunk in self._chunks(names):
+                with np.errstate(over="ignore"):
+                    yield self._checked(name, chunk.astype(self.dtype, copy=False))
+
+        data = self._graph.weight(f"{label}.weight", self.dtype, (rows, columns), parts())
+        return Matrix(rows, columns, 0, layout.group, data)
+
+    def _write_quantised(self, names: Sequence[str], label: str, layout: Layout) -> Matrix:
+        rows, columns = self._shape(names)
+        groups = -(-columns // layout.group)
+        scales: list[NDArray[Any]] = []
+        corrections: list[NDArray[Any]] = []
+
+        def codes() -> Iterator[NDArray[Any]]:
+            pieces = self._block_pieces if layout.from_blocks else self._rounded_pieces
+            for name, piece_codes, piece_scales, piece_correction in pieces(names, layout):
+                scales.append(self._checked(name, piece_scales))
+                if piece_correction is not None:
+                    corrections.append(self._checked(name, piece_correction))
+                yield piece_codes
+
+        shape = (rows, groups, layout.group * layout.bits // 8)
+        data = self._graph.weight(f"{label}.weight_q{layout.bits}", np.uint8, shape, codes())
+        small = (rows, groups)
+        scale = self._graph.weight(f"{label}.scales", self.dtype, small, scales)
+        correction = ""
+        if corrections:
+            correction = self._graph.weight(f"{label}.minimums", self.dtype, small, corrections)
+        return Matrix(rows, columns, layout.bits, layout.group, data, scale, correction)
+
+    def _block_pieces(
+        self, names: Sequence[str], _: Layout
+    ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], NDArray[Any] | None]]:
+        """The source's own blocks: (name, codes, scales, correction)."""
+        for name in names:
+            rows, columns = self._source.tensors[name].shape
+            for start, stop in row_chunks(rows, columns):
+                blocks = self._source.blocks(name, start, stop)
+                assert blocks is not None  # block_layout said so
+                correction = blocks.correction
+                with np.errstate(over="ignore"):
+                    yield (
+                        name,
+                        blocks.codes,
+                        blocks.scales.astype(self.dtype, copy=False),
+                        None if correction is None else correction.astype(self.dtype, copy=False),
+                    )
+                self._advance((stop - start) * columns)
+
+    def _rounded_pieces(
+        self, names: Sequence[str], layout: Layout
+    ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], None]]:
+        """Rows rounded on all cores: (name, codes, scales, None), in order."""
+        pending: deque[tuple[str, Future[Any]]] = deque()
+        for name, chunk in self._chunks(names):
+            job = self._pool.submit(quantize_rows, chunk, layout.bits, layout.group, self.dtype)
+            pending.append((name, job))
+            while len(pending) > self._ahead:
+                yield _finished(pending)
+        while pending:
+            yield _finished(pending)
+
+    def _chunks(self, names: Sequence[str]) -> Iterator[tuple[str, Float32]]:
+        for name in names:
+            rows, columns = self._source.tensors[name].shape
+            for start, stop in row_chunks(rows, columns):
+                yield name, self._source.read_rows(name, start, stop)
+                self._advance((stop - start) * columns)
+
+    def _shape(self, names: Sequence[str]) -> tuple[int, int]:
+        shapes = [self._source.tensors[name].shape for name in names]
+        return sum(shape[0] for shape in shapes), shapes[0][1]
+
+    def _checked(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        if not np.isfinite(values).all():
+            raise CorruptFile(f"{name} holds NaN or infinity", tensor=name)
+        return values
+
+    def _advance(self, elements: int) -> None:
+        self._done_elements = min(self._done_elements + elements, self._elements)
+        total = self._source.total_bytes
+        self._progress(total * self._done_elements // self._elements, total)
+
+
+def _finished(
+    pending: deque[tuple[str, Future[Any]]],
+) -> tuple[str, NDArray[Any], NDArray[Any], None]:
+    name, job = pending.popleft()
+    quantized = job.result()
+    return name, quantized.codes, quantized.scales, None
+
+
+def _processors() -> int:
+    """Cores this process may use, at most 8: beyond that the disk is the limit."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
