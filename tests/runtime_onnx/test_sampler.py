@@ -192,7 +192,7 @@ def test_a_bias_of_100_forces_and_of_minus_100_forbids_a_token() -> None:
 
 
 def test_a_bias_outside_the_vocabulary_is_refused_by_name() -> None:
-    with pytest.raises(InvalidRequest, match="token 50.*0 to 49") as caught:
+    with pytest.raises(InvalidRequest, match=r"token 50.*0 to 49") as caught:
         SamplerState(SamplingParams(logit_bias={50: 1.0}), 50)
     assert caught.value.details["param"] == "logit_bias"
 
