@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
 )
 # Only of use where there is no tokenizer.json, which holds all of them.
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:gguf|safetensors)\Z")
 _NOT_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 # Small and good first, then what costs more memory, then what costs more accuracy.
@@ -287,7 +287,7 @@ def _nothing_to_convert(names: Collection[str], where: str) -> UnsupportedModel:
         )
     if "model_index.json" in names:
         return UnsupportedModel(f"{where} is an image or video pipeline, not a language model")
-    pickles = sorted(name for name in names if name.lower().endswith(_PICKLE))
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLE_SUFFIXES))
     if pickles:
         return UnsupportedModel(
             f"{where} has its weights only as {pickles[0]!r}, a format that can run code when it "
