@@ -1,1 +1,1 @@
-"""Part of ohmygpu."""
+"""The daemon: HTTP APIs on one side, models in worker processes on the other."""
