@@ -105,6 +105,8 @@ class GgufSource:
     def read_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows start:stop as float32."""
         shape = self._tensor(name).shape
+        if start == stop:
+            return np.empty((0, *shape[1:]), dtype=np.float32)
         inner = int(np.prod(shape[1:-1], dtype=np.int64))  # 1 for vectors and matrices
         rows = self._decode(name, start * inner, stop * inner)
         return rows.reshape(stop - start, *shape[1:])
@@ -144,7 +146,7 @@ class GgufSource:
     def _raw(self, name: str, start: int, stop: int) -> Bytes:
         """Raw rows start:stop in Hugging Face order."""
         placement = self._placements[name]
-        if placement.rows is None or start == stop:
+        if placement.rows is None:
             return self.model.read_rows(placement.gguf_name, start, stop)
         wanted = placement.rows[start:stop]
         low, high = int(wanted.min()), int(wanted.max()) + 1
