@@ -211,7 +211,11 @@ def _install(
     artifacts = provider.fetch(plan.resolved, repository, sink, cancel)
     draft = _draft(plan, artifacts)
     repository.check_name_free(draft)
-    with repository.lock(draft.compiled_key, cancel=cancel):
+
+    def on_wait() -> None:
+        sink(Event("compile", "another process is compiling the same files; waiting for it"))
+
+    with repository.lock(draft.compiled_key, on_wait=on_wait, cancel=cancel):
         if not repository.has_compiled(draft.compiled_key):
             _stop_if(cancel)
             try:
@@ -221,6 +225,7 @@ def _install(
                 if fetched != artifacts:
                     raise
                 _verify(repository, artifacts, sink, cancel)
+            _stop_if(cancel)
             _compile(repository, draft, plan, sink, cancel)
     folder = repository.compiled_path(draft.compiled_key)
     compiled = CompiledModel.load(folder)

@@ -184,6 +184,8 @@ def check_name(name: str) -> str:
         raise InvalidName(f"{_show(name)} has too many slashes; write name or org/name", name=name)
     if len(parts) == 2:
         _check_segment(name, parts[0], _ORG)
+        if _HUB_PREFIX.match(name):
+            raise InvalidName(f"{_show(name)} lacks a part; write org/name", name=name)
     _check_segment(name, parts[-1], _SEGMENT)
     return name
 
@@ -295,6 +297,8 @@ def _parse_hub(text: str, rest: str) -> ModelRef:
     if (variant and late_variant) or ("@" in rest and not revision):
         raise InvalidName(f"{_show(text)}: write org/name@revision:variant", name=text)
     repo = repo.rstrip("/")
+    if "/" not in repo and rest != text:
+        raise InvalidName(f"{_show(text)} lacks a part; write hf.co/org/name", name=text)
     if "/" not in repo:
         raise _unknown_short_name(text, repo)
     if repo.count("/") > 1:

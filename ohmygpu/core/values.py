@@ -23,9 +23,9 @@ _DURATION_UNITS_S = {
     "m": 60.0,
     "h": 3600.0,
 }
-_DURATION_PART = re.compile(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(ns|us|µs|μs|ms|s|m|h)")
-_NUMBER = re.compile(r"[+-]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})")
-_SIZE = re.compile(r"(\d{1,18})\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+_DURATION_PART = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(ns|us|µs|μs|ms|s|m|h)")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})")
+_SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 _HOST = re.compile(r"[A-Za-z0-9_.:%\-\[\]]{1,253}")
 
 Parser = Callable[[Any], Any]

@@ -27,7 +27,7 @@ SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
     ("text", "expected"),
     [
         ("org/name", ModelRef("hub", "org/name")),
-        (" Org/Name ", ModelRef("hub", "Org/Name")),
+        (" Org/Name \n", ModelRef("hub", "Org/Name")),
         ("org/name/", ModelRef("hub", "org/name")),
         ("org/name:latest", ModelRef("hub", "org/name")),
         ("org/name:LATEST", ModelRef("hub", "org/name")),
@@ -97,7 +97,7 @@ def test_relative_paths_are_resolved_at_once(
         *("-org/name", "org/name-", "org/na--me", "org/na..me", "org\\name", "org/name:", "org/n@"),
         *("org/name:../x", "org/name:a/b", "org/name@../x", "org/name@a//b", "org/name@-x"),
         *("org/name@/x", "org/name@x/", "org/name:q4@r:q8", "org/name:q4:q8", "o\u202erg/name"),
-        *("a\x00b/c", "a/b\n", "\x1b[31mred/x", "a/b\r\nX: y", "gpt2", "hf.co/gpt2", "ünï/code"),
+        *("a\x00b/c", "\x1b[31mred/x", "a/b\r\nX: y", "gpt2", "hf.co/gpt2", "ünï/code"),
         *("pypi:", "pypi:-x", "pypi:a/b", "pypi:a@", "pypi:a==", "pypi:../x", "./a\x00b"),
         *("http://example.com/a/b", "ftp://x/y", "docker://a/b", "file://relative", "file:"),
         *(f"{HUB}/datasets/org/name", f"{HUB}/spaces/org/name", f"{HUB}/", f"{HUB}/org"),
@@ -106,9 +106,6 @@ def test_relative_paths_are_resolved_at_once(
     ],
 )
 def test_what_is_no_name_is_refused_in_a_sentence_of_one_printable_line(text: str) -> None:
-    if text == "a/b\n":  # spaces and line ends around a name are no part of it
-        assert ModelRef.parse(text).repo == "a/b"
-        return
     with pytest.raises(InvalidName) as caught:
         ModelRef.parse(text)
     assert caught.value.message.isprintable()
@@ -192,9 +189,22 @@ def test_a_gguf_file_name_tells_its_quantisation(filename: str, label: str | Non
 
 def test_random_text_is_parsed_or_refused_and_parses_back() -> None:
     rng = random.Random(7)
-    pieces = [*string.printable, "..", "/", ":", "@", "hf.co/", "file:", "pypi:", "a", "B", "==", "é"]
+    pieces = [
+        *string.printable,
+        "..",
+        "/",
+        ":",
+        "@",
+        "hf.co/",
+        "file:",
+        "pypi:",
+        "a",
+        "B",
+        "==",
+        "é",
+    ]
     parsed = 0
-    for _ in range(20_000):
+    for _ in range(6_000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 9)))
         try:
             ref = ModelRef.parse(text)
@@ -211,7 +221,7 @@ def test_random_text_is_parsed_or_refused_and_parses_back() -> None:
         assert ModelRef.parse(ref.display) == ref
         assert check_name(ref.name)
         assert normalise_name(ref.name)[0] == ref.key
-    assert parsed > 500
+    assert parsed > 150
 
 
 @pytest.mark.parametrize(
