@@ -1,0 +1,167 @@
+"""The compiled graph with its KV cache: prompt chunks and batched decodes in, logits out.
+
+Every array a run reads or writes is allocated once; on the CPU a decode of the same rows binds
+nothing at all. The graph's contract is in the docstring of `core.records.CompiledModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.records import COMPILE_FILE, GRAPH_FILE, CompiledModel
+
+from .kv_cache import KVCache
+
+Logits = NDArray[np.float32]
+
+_MAX_BINDINGS = 256  # distinct (first row, rows) kept bound
+
+
+class Model(Protocol):
+    """What the engine asks of a model; rows of logits are numbered by the caller."""
+
+    vocab_size: int
+    cache: KVCache
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
+        """Compute `tokens` (S,) after `past` positions; their last row's logits go to a row."""
+        ...
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], pasts: Sequence[int]) -> None:
+        """Compute one token for each slot (B,); logits of the i-th go to row i."""
+        ...
+
+    def logits(self, rows: int) -> Logits:
+        """The first `rows` rows, (R, V); overwritten by the next step."""
+        ...
+
+
+def check_files(folder: Path) -> CompiledModel:
+    """Read compile.json and compare the sizes it lists.
+
+    Raises CorruptFile, naming the file, when one is missing or has another size.
+    """
+    compiled = CompiledModel.load(folder)
+    for name, size in compiled.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise CorruptFile(
+                f"{name} of the compiled model is missing; pull the model again", file=name
+            ) from error
+        if found != size:
+            raise CorruptFile(
+                f"{name} of the compiled model has {found} bytes instead of {size}; pull the model "
+                "again",
+                file=name,
+            )
+    if not (folder / GRAPH_FILE).is_file():
+        raise CorruptFile(f"{GRAPH_FILE} is missing beside {COMPILE_FILE}; pull the model again")
+    return compiled
+
+
+class OnnxModel:
+    """A session and its KV cache. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(
+        self, session: Any, compiled: CompiledModel, cache: KVCache, prefill_tokens: int
+    ) -> None:
+        self.vocab_size = compiled.vocab_size
+        self.cache = cache
+        self._session = session
+        self._ids = np.zeros(max(prefill_tokens, cache.slots), np.int64)  # (B*S,)
+        self._lengths = np.zeros(cache.slots, np.int32)  # seqlens_k, (B,)
+        self._total = np.zeros((), np.int32)
+        self._rows = np.zeros(cache.slots, np.int64)  # logit_rows, (R,)
+        self._logits = np.zeros((cache.slots, compiled.vocab_size), np.float32)  # (R, V)
+        self._decode_bindings: dict[tuple[int, int, int], Any] = {}
+        self._prefill_bindings: dict[int, Any] = {}
+
+    def logits(self, rows: int) -> Logits:
+        """The first `rows` rows of logits, (R, V); overwritten by the next step."""
+        return self._logits[:rows]
+
+    def prefill(self, slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
+        """Compute `tokens` (S,) of `slot` after `past` positions.
+
+        `logits_row` takes the logits of the last token; None where the prompt goes on.
+        """
+        count, total = len(tokens), past + len(tokens)
+        self._ids[:count] = tokens
+        self._lengths[0] = total - 1
+        # The operator takes total == S for a prompt's first chunk and restarts at 0, so a later
+        # chunk must differ; the true total of a later chunk always does.
+        self._total[()] = total
+        self._rows[0] = count - 1
+        row = self.cache.row(slot)
+        binding = self._bound(self._prefill_bindings, row, lambda: self._bind_cache(row, 1))
+        wanted = 0 if logits_row is None else 1
+        self._bind_inputs(binding, (1, count), wanted)
+        self._bind_logits(binding, logits_row or 0, wanted)
+        self._session.run_with_iobinding(binding)
+        self.cache.extent[slot] = total
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], pasts: Sequence[int]) -> None:
+        """Compute one token for each of `slots` (B,) after its past; logits of the i-th → row i."""
+        cache = self.cache
+        first, rows = cache.arrange(slots)
+        if rows > len(slots):  # rows in gaps write past what is valid, and give no logits
+            for row in range(rows):
+                self._lengths[row] = min(
+                    cache.extent[cache.slot_at(first + row)], cache.context_tokens - 1
+                )
+            self._ids[:rows] = 0
+        for index, slot in enumerate(slots):
+            row = cache.row(slot) - first
+            self._ids[row] = tokens[index]
+            self._lengths[row] = pasts[index]
+            self._rows[index] = row
+            cache.extent[slot] = pasts[index] + 1
+        self._total[()] = int(self._lengths[:rows].max()) + 1
+        key = (first, rows, len(slots))
+        binding = self._bound(self._decode_bindings, key, lambda: self._bind_decode(*key))
+        if cache.device != "cpu":  # binding copies inputs to the device there
+            self._bind_inputs(binding, (rows, 1), len(slots))
+        self._session.run_with_iobinding(binding)
+
+    def _bound(self, bindings: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        binding = bindings.get(key)
+        if binding is None:
+            while len(bindings) >= _MAX_BINDINGS:  # the oldest goes
+                del bindings[next(iter(bindings))]
+            binding = bindings[key] = make()
+        return binding
+
+    def _bind_decode(self, first: int, rows: int, live: int) -> Any:
+        binding = self._bind_cache(first, rows)
+        self._bind_inputs(binding, (rows, 1), live)
+        self._bind_logits(binding, 0, live)
+        return binding
+
+    def _bind_cache(self, first: int, rows: int) -> Any:
+        binding = self._session.io_binding()
+        self.cache.bind(binding, first, rows)
+        return binding
+
+    def _bind_inputs(self, binding: Any, shape: tuple[int, int], logits: int) -> None:
+        """Bind ids (B, S), lengths (B,), the total and `logits` row numbers."""
+        rows = shape[0]
+        for name, array, dims in (
+            ("input_ids", self._ids, shape),
+            ("seqlens_k", self._lengths, (rows,)),
+            ("total_sequence_length", self._total, ()),
+            ("logit_rows", self._rows, (logits,)),
+        ):
+            binding.bind_input(name, "cpu", 0, array.dtype.type, dims, array.ctypes.data)
+
+    def _bind_logits(self, binding: Any, first: int, rows: int) -> None:
+        target = self._logits[first : first + rows]
+        binding.bind_output(
+            "logits", "cpu", 0, np.float32, (rows, self.vocab_size), target.ctypes.data
+        )
