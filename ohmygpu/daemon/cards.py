@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import CorruptFile
-from ..core.records import TEMPLATE_FILE, TOKENIZER_FILE, CompiledModel, InstallRecord
+from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE, CompiledModel, InstallRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
