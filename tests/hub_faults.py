@@ -70,11 +70,24 @@ class RequestLog:
 
     def __init__(self, path: Path | None) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._running = 0
         self._file = path.open("a", buffering=1) if path else None
+
+    def begin(self) -> None:
+        with self._lock:
+            self._running += 1
+
+    def wait_idle(self) -> None:
+        """Wait until every request has been answered, or has noticed that nobody listens."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self._running == 0, timeout=30):
+                raise TimeoutError("the hub is still answering a request")
 
     def add(self, entry: dict[str, Any]) -> None:
         with self._lock:
+            self._running -= 1
+            self._lock.notify_all()
             self.entries.append(entry)
             if self._file:
                 self._file.write(json.dumps(entry) + "\n")

@@ -145,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             "status": 0,
             "bytes": 0,
         }
+        hub.requests.begin()
         self.broken = hub.faults.take(self.command, unquote(split.path))
         try:
             if "silence" in self.broken:

@@ -57,6 +57,10 @@ class _Retry(Exception):
         self.wait_s = wait_s
 
 
+class _Expired(Exception):
+    """The address that the hub gave earlier no longer works; the hub gives a new one."""
+
+
 class Transfer:
     """One file on its way. `fetch_unit` may run on many threads, each with a unit of its own."""
 
@@ -94,21 +98,25 @@ class Transfer:
         Raises NetworkError, RateLimited, AccessDenied, NotFound, CorruptFile, DiskFull, Cancelled.
         """
         failures = 0
+        location = self._location
         while True:
             start, end = self._partial.missing(unit)
             if start == end:
                 return
             gained = [0]
             try:
-                self._attempt(start, end, gained)
+                self._attempt(location, start, end, gained)
                 if self.is_sequential:
                     return
-                failures = 0
+                failures, location = 0, self._location
+            except _Expired:
+                location = None
             except _Retry as problem:
                 failures = 1 if gained[0] >= self._patience.progress_bytes else failures + 1
                 if failures >= self._patience.attempts:
                     raise problem.error from problem
                 self._pause(failures, problem.wait_s)
+                location = None
 
     def _pause(self, failures: int, asked_s: float | None) -> None:
         patience = self._patience
@@ -117,17 +125,22 @@ class Transfer:
         if self._stop.wait(max(wait_s, asked_s or 0.0)):
             raise Cancelled("the download was stopped")
 
-    def _attempt(self, start: int, end: int, gained: list[int]) -> None:
-        """One request for the bytes from `start` to `end`; counts new bytes into `gained[0]`."""
+    def _attempt(self, location: str | None, start: int, end: int, gained: list[int]) -> None:
+        """One request, to the hub unless `location` tells where it redirects.
+
+        Asks for the bytes from `start` to `end` and counts new bytes into `gained[0]`.
+        """
         try:
-            response, is_fresh = self._open(start, end)
+            response = self._send(location, start, end) if location else self._locate(start, end)
             try:
                 if not self._receive(response, start, end, gained):
-                    self._refused(response, is_fresh)
+                    if location and response.status_code in _ADDRESS_EXPIRED:
+                        raise _Expired
+                    self._refused(response)
             finally:
                 response.close()
         except httpx2.HTTPError as error:
-            where = show_origin(self._location or self.file.url)
+            where = show_origin(location or self.file.url)
             reason = str(error) or type(error).__name__
             raise _Retry(
                 NetworkError(f"{where} keeps failing to send {self.file.filename}: {reason}")
@@ -137,21 +150,19 @@ class Transfer:
                 raise _Retry(error) from error
             raise
 
-    def _open(self, start: int, end: int) -> tuple[httpx2.Response, bool]:
-        """The server's answer, and whether its address was asked for just now.
+    def _locate(self, start: int, end: int) -> httpx2.Response:
+        """The hub's answer, wherever it redirects; remembers where that is.
 
-        The first thread finds out where the redirects lead, for all.
+        One thread at a time, so that the first of them finds the address for all.
         """
-        location = self._location
-        if location is None:
-            with self._locating:
-                location = self._location
-                if location is None:
-                    response = self._send(self.file.url, start, end)
-                    if response.is_success:
-                        self._location = str(response.request.url)
-                    return response, True
-        return self._send(location, start, end), False
+        before = self._location
+        with self._locating:
+            if self._location is not before and self._location is not None:
+                return self._send(self._location, start, end)
+            response = self._send(self.file.url, start, end)
+            if response.is_success:
+                self._location = str(response.request.url)
+            return response
 
     def _send(self, url: str, start: int, end: int) -> httpx2.Response:
         headers = {}
@@ -186,7 +197,6 @@ class Transfer:
         match = _CONTENT_RANGE.match(value)
         name = self.file.filename
         if match is None or int(match[1]) != start:
-            self._location = None
             raise _Retry(
                 NetworkError(
                     f"{show_origin(self.file.url)} sends other bytes of {name} than asked "
@@ -194,7 +204,6 @@ class Transfer:
                 )
             )
         if match[3] != "*" and int(match[3]) != self.file.size:
-            self._location = None
             raise _Retry(self._wrong_size(match[3]))
 
     def _wrong_size(self, size: str) -> CorruptFile:
@@ -237,16 +246,14 @@ class Transfer:
                 )
             )
 
-    def _refused(self, response: httpx2.Response, is_fresh: bool) -> None:
+    def _refused(self, response: httpx2.Response) -> None:
         """Raise what an answer without content means."""
         status, url = response.status_code, str(response.request.url)
         name, where = self.file.filename, show_origin(url)
-        is_elsewhere = origin_of(url) != origin_of(self.file.url)
-        if status in _ADDRESS_EXPIRED and (is_elsewhere or not is_fresh):
-            self._location = None  # a signed address expires; the hub gives a new one
+        if status in _ADDRESS_EXPIRED and origin_of(url) != origin_of(self.file.url):
+            # Not the hub's own refusal: the content network may not know the address yet.
             raise _Retry(AccessDenied(f"{where} refuses to send {name} (error {status})"))
         if status == 416:
-            self._location = None
             raise _Retry(self._wrong_size(_total_of_416(response)))
         if status == 429 or status in _BUSY:
             wait_s = retry_after_s(response.headers)
