@@ -125,7 +125,7 @@ class SafetensorsFile:
         text = self._file.read(length)
         if text[:1] != b"{":
             raise self._corrupt("its header is not a JSON object")
-        header = _parse_json(text, self._corrupt)
+        header = _parse_json(text, self._corrupt, unique=True)
         header.pop("__metadata__", None)
         data_bytes = size - 8 - length
         stored = {name: self._entry(name, entry) for name, entry in header.items()}
@@ -251,8 +251,8 @@ def read_json_object(name: str, path: Path) -> dict[str, Any]:
         raise CorruptFile(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _parse_json(text: bytes, corrupt: Any) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse_json(text: bytes, corrupt: Any, *, unique: bool = False) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -260,7 +260,7 @@ def _parse_json(text: bytes, corrupt: Any) -> dict[str, Any]:
         return found
 
     try:
-        data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
+        data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once if unique else None)
     except (ValueError, RecursionError) as error:
         raise corrupt(f"not valid JSON ({str(error)[:120]})") from error
     if not isinstance(data, dict):
