@@ -79,6 +79,8 @@ class GgufSource:
             self.model.close()
             raise
         self.config = translation.config
+        if isinstance(license_name := self.model.metadata.get("general.license"), str):
+            self.config["license"] = license_name
         self._placements = translation.placements
         self._stored = self.model.tensors
         self.tensors: dict[str, TensorInfo] = {
