@@ -100,8 +100,10 @@ def pull(
 
 
 def remove(name: str, settings: Settings) -> Removed:
-    """Remove an installed model and what only it needs. Raises ModelNotFound, or Conflict while
-    it is being pulled."""
+    """Remove an installed model and what only it needs; says what that freed.
+
+    Raises ModelNotFound, or Conflict while the model is being pulled.
+    """
     return Repository(settings.home).remove(name)
 
 
@@ -172,7 +174,7 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         asked = resolved.variant
     if asked is None and settings.models.recipe != "auto":
         asked = settings.models.recipe
-    chosen = recipes.recipe(asked or recipes.default_recipe(source_format, hardware))
+    chosen = recipes.recipe(asked or recipes.default_recipe(source_format))
     recipes.check(chosen, recipes.target(target), source_format)
     variant = chosen.name
     if source_format == "gguf" and resolved.variant:
@@ -206,6 +208,7 @@ def _install(
     if plan.ref.provider != "file":  # of a file the name may stay when its bytes are the same
         repository.check_name_free(_draft(plan, ()))
     repository.claim(*(file.digest for file in plan.resolved.files if file.digest))
+    repository.sweep_temporaries()
     needed = _missing_bytes(repository, plan) + compiled_estimate_bytes(plan)
     repository.check_space(needed, f"pulling and compiling {plan.name}")
     artifacts = provider.fetch(plan.resolved, repository, sink, cancel)

@@ -421,6 +421,12 @@ def test_a_compiler_killed_by_the_system_speaks_of_memory(
         do_pull()
 
 
+def test_a_compiler_that_ends_without_reading_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "COMPILER", (sys.executable, "-c", "raise SystemExit(4)"))
+    with pytest.raises(OhMyGPUError, match="exit status 4"):
+        do_pull()
+
+
 def test_a_compiler_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "COMPILER", ("/nonexistent/python",))
     watch = Watch()
@@ -558,6 +564,7 @@ def test_a_kill_at_any_point_leaves_a_store_that_the_next_pull_completes_bit_for
         assert store.has_compiled(record.compiled_key)
     assert store.scan().damaged == ()
     do_pull()
+    assert not list(store.compiled_dir.glob(".tmp-*"))
     collect_garbage(load_settings())
     assert tree(store) == tree(reference)
 

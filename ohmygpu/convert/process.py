@@ -82,6 +82,9 @@ def _process(command: Sequence[str], log: IO[bytes]) -> Iterator[subprocess.Pope
             yield process
         finally:
             process.kill()
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):  # what it did not read is lost with it
+                    process.stdin.close()
 
 
 def _converse(

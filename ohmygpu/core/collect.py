@@ -96,12 +96,9 @@ def collect_garbage(store: Repository, sources: bool) -> GcReport:
     """Remove all that no record names and no living process uses."""
     found = store.scan()
     in_use = leases.names_in_use(store.partial_dir)
-    partials, temporaries, freed = _sweep_partial(store.partial_dir, in_use)
-    for folder in (store.blobs_dir, store.compiled_dir):
-        for path in folder.glob(f"{files.TEMPORARY}*"):
-            if path.name not in in_use:
-                freed += _remove_any(path)
-                temporaries += 1
+    partials, leftovers, freed = _sweep_partial(store.partial_dir, in_use)
+    temporaries, more = sweep_temporaries(store)
+    temporaries, freed = temporaries + leftovers, freed + more
     for path in store.manifests_dir.rglob(f".*{files.TEMPORARY}*"):
         freed += _unlink(path)  # writers hold the store's lock: this one is dead
         temporaries += 1
@@ -124,6 +121,15 @@ def collect_garbage(store: Repository, sources: bool) -> GcReport:
             compiled += 1
     report = replace(report, freed_bytes=freed, blobs=blobs, compiled=compiled)
     return _sweep_sources(store, report, found.records, in_use) if sources else report
+
+
+def sweep_temporaries(store: Repository) -> tuple[int, int]:
+    """Remove the temporary files and folders of dead processes; (how many, bytes freed)."""
+    in_use = leases.names_in_use(store.partial_dir)
+    folders = (store.blobs_dir, store.compiled_dir)
+    found = [path for folder in folders for path in folder.glob(f"{files.TEMPORARY}*")]
+    dead = [path for path in found if path.name not in in_use]
+    return len(dead), sum(_remove_any(path) for path in dead)
 
 
 def _sweep_sources(

@@ -194,8 +194,8 @@ def explain(error: OSError, home: Path, what: str) -> DiskFull | ConfigError | N
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = free_bytes(home)
         return DiskFull(
-            f"the disk is full: {what} could not be written, {show_bytes(free)} are free; remove a "
-            "model (omg model rm), run omg model gc, or set OHMYGPU_HOME to a larger disk",
+            f"cannot write {what}: {os.strerror(error.errno)} ({show_bytes(free)} are free); "
+            "remove a model (omg model rm), run omg model gc, or set OHMYGPU_HOME to a larger disk",
             free_bytes=free,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -25,6 +25,7 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _VARIANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _log = logging.getLogger(__name__)
+_reported: set[tuple[Path, str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ def scan(folder: Path) -> Scan:
             provider, org, name = path.relative_to(folder).parts[:3]
             full = name if org == NO_ORG else f"{org}/{name}"
             damaged.append(DamagedManifest(path, provider, full, path.stem, str(error)))
-            _log.warning("the manifest %s is damaged: %s", path, error)
+            if (path, str(error)) not in _reported:  # look-ups are frequent: say it once
+                _reported.add((path, str(error)))
+                _log.warning("the manifest %s is damaged: %s", path, error)
     return Scan(_with_one_default(records), tuple(damaged))
 
 

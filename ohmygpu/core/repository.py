@@ -287,6 +287,11 @@ class Repository:
             with self._store_locked():
                 return collect.collect_garbage(self, sources)
 
+    def sweep_temporaries(self) -> None:
+        """Remove the unfinished compiles and copies that killed processes left."""
+        with files.writing(self.home, "the model store"), self._store_locked():
+            collect.sweep_temporaries(self)
+
     def free_sources(self, record: InstallRecord) -> int:
         """Remove the source blobs that only `record` names; returns the bytes freed."""
         with files.writing(self.home, "the model store"), self._store_locked():
