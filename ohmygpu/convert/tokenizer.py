@@ -7,15 +7,14 @@ format of the `tokenizers` library, so that serving needs that library and Jinja
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from ohmygpu.core.errors import CorruptFile, InvalidRequest
+from ohmygpu.core.errors import CorruptFile
 from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE
-from ohmygpu.runtime_api import SamplingParams
 
 from .source import Source
 
@@ -37,7 +36,14 @@ _TURN_ENDS = (
 _DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", _DEEPSEEK_END)
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Sampling parameters and the ranges requests accept them in.
+_SAMPLING = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +95,17 @@ def prepare_tokenizer(source: Source, folder: Path) -> TokenizerFacts:
 def sampling_defaults(found: dict[str, Any], origin: str) -> dict[str, float]:
     """The sampling parameters among `found`, checked. Raises CorruptFile naming `origin`."""
     values: dict[str, float] = {}
-    for name in _SAMPLING:
+    for name, (low, high) in _SAMPLING.items():
         value = found.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CorruptFile(f"{origin} has {name} = {str(value)[:40]!r}, which is not a number")
-        values[name] = max(int(value), 0) if name == "top_k" else float(value)  # -1 is off, too
-    try:
-        known = {entry.name for entry in fields(SamplingParams)}
-        SamplingParams(**{name: value for name, value in values.items() if name in known})  # type: ignore[arg-type]
-    except InvalidRequest as error:
-        raise CorruptFile(f"{origin} has an impossible value: {error.message}") from error
+        if name == "top_k" and value < 0:  # -1 is another way to say off
+            value = 0
+        if not low <= value <= high:  # also refuses NaN
+            raise CorruptFile(f"{origin} has {name} = {value:g}, not between {low:g} and {high:g}")
+        values[name] = int(value) if name == "top_k" else float(value)
     return values
 
 

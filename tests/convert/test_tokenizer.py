@@ -505,7 +505,7 @@ BAD_FILES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sampling range": (
         {"tokenizer__json": {}, "generation_config__json": {"top_p": 7.0}},
-        "top_p must be between",
+        "top_p = 7, not between 0 and 1",
     ),
     "template": (
         {"tokenizer__json": {}, "tokenizer_config__json": {"chat_template": 7}},
