@@ -357,7 +357,7 @@ _ERROR_TYPES = {
 
 
 def error_body(error: OhMyGPUError, status: int) -> dict[str, Any]:
-    """{"error": {message, type, param, code, details?}} of an answer or of a stream's last event."""
+    """{"error": {message, type, param, code, details?}} of an answer or a stream's last event."""
     kind = "invalid_request_error" if 400 <= status < 500 else "api_error"
     body: dict[str, Any] = {
         "message": error.message,
