@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ohmygpu.core.errors import CorruptFile, InvalidRequest, OhMyGPUError, UnsupportedModel
+from ohmygpu.core.errors import CorruptFile, InvalidRequest, UnsupportedModel
 
 from .gguf_blocks import BLOCK_TYPES
 from .source import Bytes, read_raw
@@ -105,7 +105,6 @@ class GgufFile:
             with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 header = _Header(name, mapped)
                 header.parse()
-                header.release()
             self.metadata: dict[str, Any] = header.metadata
             self.tensors: dict[str, GgufTensor] = header.tensors
         except BaseException:
@@ -130,25 +129,13 @@ class _Header:
         self.name = name
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        self._view = memoryview(mapped)
+        self._mapped = mapped
         self._size = len(mapped)
         self._at = 0
 
-    def release(self) -> None:
-        self._view.release()
-
     def parse(self) -> None:
-        try:
-            self._parse()
-        except OhMyGPUError:
-            self.release()
-            raise
-        except struct.error as error:  # pragma: no cover - _take has checked every length
-            self.release()
-            raise self._corrupt(str(error)) from error
-
-    def _parse(self) -> None:
-        if bytes(self._take(4, "the magic")) != _MAGIC:
+        """Fill `metadata` and `tensors`."""
+        if self._take(4, "the magic") != _MAGIC:
             raise self._corrupt("it does not start with the GGUF magic")
         version = self._number("I", "the version")
         if version & 0xFFFF == 0 and version:
@@ -168,10 +155,10 @@ class _Header:
     def _corrupt(self, what: str) -> CorruptFile:
         return CorruptFile(f"{self.name} is not a sound GGUF file: {what}; pull the model again")
 
-    def _take(self, count: int, what: str) -> memoryview:
+    def _take(self, count: int, what: str) -> bytes:
         if count > self._size - self._at:
             raise self._corrupt(f"{what} reaches past the end of the file")
-        taken = self._view[self._at : self._at + count]
+        taken = self._mapped[self._at : self._at + count]
         self._at += count
         return taken
 
@@ -223,7 +210,7 @@ class _Header:
         dtype = np.dtype(_SCALARS[kind])
         count = self._count(f"items in {_shown(key)}", dtype.itemsize, self._size)
         taken = self._take(count * dtype.itemsize, f"the array {_shown(key)}")
-        return np.frombuffer(taken, dtype=dtype).copy()
+        return np.frombuffer(taken, dtype=dtype)
 
     def _tensor_infos(self, count: int) -> None:
         found = [self._tensor_info() for _ in range(count)]
