@@ -66,10 +66,14 @@ class Faults:
 
 
 class RequestLog:
-    """Every request that was answered, as dicts, and as JSON lines in `path` if there is one."""
+    """Every request that was answered, as dicts, and as JSON lines in `path` if there is one.
+
+    Reading waits for the requests that are being answered; those that a fault lets hang count as
+    answered.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self.entries: list[dict[str, Any]] = []
+        self._entries: list[dict[str, Any]] = []
         self._lock = threading.Condition()
         self._running = 0
         self._file = path.open("a", buffering=1) if path else None
@@ -78,37 +82,38 @@ class RequestLog:
         with self._lock:
             self._running += 1
 
-    def wait_idle(self) -> None:
-        """Wait until every request has been answered, or has noticed that nobody listens."""
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """All of them so far."""
         with self._lock:
             if not self._lock.wait_for(lambda: self._running == 0, timeout=30):
                 raise TimeoutError("the hub is still answering a request")
+            return list(self._entries)
 
     def add(self, entry: dict[str, Any]) -> None:
         with self._lock:
             self._running -= 1
             self._lock.notify_all()
-            self.entries.append(entry)
+            self._entries.append(entry)
             if self._file:
                 self._file.write(json.dumps(entry) + "\n")
 
     def clear(self) -> None:
-        with self._lock:
-            self.entries.clear()
+        """Forget all so far."""
+        if self.entries:
+            with self._lock:
+                self._entries.clear()
 
     def close(self) -> None:
+        """Close the file, after the last entry."""
         with self._lock:
+            self._lock.wait_for(lambda: self._running == 0, timeout=5)
             if self._file:
                 self._file.close()
 
     def of(self, match: str) -> list[dict[str, Any]]:
         """The requests whose "METHOD path" matches."""
-        with self._lock:
-            return [
-                entry
-                for entry in self.entries
-                if re.search(match, f"{entry['method']} {entry['path']}")
-            ]
+        return [e for e in self.entries if re.search(match, f"{e['method']} {e['path']}")]
 
 
 def bytes_asked_twice(entries: list[dict[str, Any]]) -> int:

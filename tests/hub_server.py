@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import re
+import signal
 import socket
 import sys
 import threading
@@ -84,7 +85,7 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self.requests.close()
+        self.requests.close()  # once the last request is logged
 
     def __enter__(self) -> HubServer:
         return self.start()
@@ -145,12 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
             "status": 0,
             "bytes": 0,
         }
+        self.is_logged = False
         hub.requests.begin()
         self.broken = hub.faults.take(self.command, unquote(split.path))
         try:
             if "silence" in self.broken:
-                hub.stopping.wait()
-                self.close_connection = True
+                self._hang()
             elif fault := self.broken.get("status"):
                 self._reply(fault["status"], {"error": "injected"}, fault.get("headers", {}))
             elif fault := self.broken.get("redirect"):
@@ -160,7 +161,15 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
         finally:
-            hub.requests.add(self.entry)
+            if not self.is_logged:
+                hub.requests.add(self.entry)
+
+    def _hang(self) -> None:
+        """Do nothing until the server stops."""
+        self.is_logged = True
+        self.server_hub.requests.add(self.entry)
+        self.server_hub.stopping.wait()
+        self.close_connection = True
 
     def _reply(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         """A whole short reply; anything but bytes is sent as JSON."""
@@ -363,8 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if slow and self.server_hub.stopping.wait(0.05):
                     break
         if stall:
-            self.wfile.flush()
-            self.server_hub.stopping.wait()
+            self._hang()
         if stall or drop:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -401,11 +409,11 @@ def main() -> None:
     ) as hub:
         for fault in options.fault:
             hub.faults.add(**json.loads(fault))
+        end = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: end.set())
         print(hub.url, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            return
+        end.wait()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ compressed replies, which were not asked for, are refused. This module knows not
 from __future__ import annotations
 
 import email.utils
+import functools
 import ipaddress
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
-from .errors import NetworkError, OhMyGPUError, RateLimited
+from .errors import ConfigError, NetworkError, OhMyGPUError, RateLimited
 
 MAX_REDIRECTS = 10
 MAX_REPLY_BYTES = 32 << 20  # a metadata reply; the largest known file lists are a few MiB
@@ -133,6 +135,19 @@ def unreachable(error: httpx2.HTTPError, url: str) -> NetworkError:
     return NetworkError(f"the connection to {where} broke ({reason}); try again", transient=True)
 
 
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    """The system's trusted certificates; reading them takes a tenth of a second, so once."""
+    try:
+        return httpx2.create_ssl_context()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"the trusted certificates cannot be read ({error}); check SSL_CERT_FILE and "
+            "SSL_CERT_DIR",
+            key="SSL_CERT_FILE",
+        ) from error
+
+
 class GuardedClient(httpx2.Client):
     """An httpx2 client bound to one endpoint whose credentials never leave that origin."""
 
@@ -150,6 +165,7 @@ class GuardedClient(httpx2.Client):
         self._authorization = authorization
         self._max_reply_bytes = max_reply_bytes
         super().__init__(
+            verify=_tls_context(),
             headers={"User-Agent": "ohmygpu", "Accept-Encoding": "identity"},
             timeout=httpx2.Timeout(read_timeout_s, connect=10.0, pool=None),
             limits=httpx2.Limits(max_connections=connections + 2, keepalive_expiry=30.0),

@@ -201,7 +201,6 @@ def test_broken_connections_cost_only_what_was_on_the_way(
     hub.faults.add("drop", "/cdn/", after=UNIT // 3, times=6)
     (artifact,) = fetch(hub, repository)
     assert_fetched(hub, repository, artifact)
-    hub.requests.wait_idle()
     asked = hub.requests.of("/cdn/")
     assert len(asked) > 11
     assert sum(entry["bytes"] for entry in asked) == BIG
@@ -405,7 +404,6 @@ def interrupt(hub: HubServer, repository: Repository) -> int:
     with pytest.raises(Cancelled):
         downloader.fetch((remote(hub),), repository, stop, cancel)
     hub.faults.clear()
-    hub.requests.wait_idle()
     hub.requests.clear()
     partial = Partial.try_open(repository.partial_dir, remote(hub))
     assert partial is not None
@@ -580,7 +578,7 @@ def test_a_disk_that_fills_up_ends_the_download_and_keeps_what_is_there(
         write_at(file, offset, data)  # type: ignore[arg-type]
 
     monkeypatch.setattr(partial_module, "_write_at", full_disk)
-    with pytest.raises(DiskFull, match="disk is full"):
+    with pytest.raises(DiskFull, match=r"model\.safetensors"):
         fetch(hub, repository)
     monkeypatch.setattr(partial_module, "_write_at", write_at)
     hub.requests.clear()
