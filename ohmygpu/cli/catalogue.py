@@ -118,9 +118,9 @@ class Catalogue:
         compiled = None
         with contextlib.suppress(CorruptFile):  # then `problem` says so
             compiled = CompiledModel.load(folder)
-        return ModelInfo(
-            record=record,
-            compiled=compiled,
+        return ModelInfo.from_disk(
+            record,
+            compiled,
             has_template=(folder / TEMPLATE_FILE).exists(),
             location=str(folder),
             problem=f"{problem}; pull the model again to repair it" if problem else None,

@@ -126,7 +126,7 @@ def _installed(catalogue: Catalogue, reference: str) -> ModelInfo:
             return catalogue.model(reference)
         except (ModelNotFound, InvalidName) as missing:
             near = [str(name) for name in missing.details.get("suggestions") or ()]
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            hint = f" (did you mean {near[0]}?)" if near else ""
             note(f"{reference} is not installed{hint}; pulling it")
     return catalogue.model(pull_model(catalogue, reference))
 

@@ -90,13 +90,12 @@ def list_models(as_json: bool) -> None:
 
 
 def _row(entry: ModelInfo) -> Sequence[str]:
-    compiled = entry.compiled
     return (
         entry.name,
         entry.record.digest[:12],
         human_bytes(entry.record.compiled_bytes),
-        compiled.quantization if compiled else "damaged",
-        str(compiled.context_length) if compiled else "",
+        "damaged" if entry.problem else entry.quantization or "",
+        str(entry.context_tokens or ""),
         human_age(entry.record.installed_at),
     )
 
@@ -116,7 +115,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 def _description(entry: ModelInfo) -> list[tuple[str, str]]:
-    record, compiled = entry.record, entry.compiled
+    record = entry.record
     if record.is_default:
         variant = f"{record.variant} (the default: {record.name} alone means this one)"
     else:
@@ -127,18 +126,17 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("revision", f"{record.revision.resolved_commit} ({record.revision.branch})"))
     rows.append(("recipe", record.recipe))
     rows.append(("architecture", record.family))
-    if compiled:
-        rows += [
-            ("parameters", human_count(compiled.parameters)),
-            ("quantization", compiled.quantization),
-            ("context", f"{compiled.context_length} tokens"),
-            ("layers", f"{compiled.layers} of width {compiled.hidden_size}"),
-            ("vocabulary", f"{compiled.vocab_size} tokens"),
-            ("compiled for", compiled.target),
-            ("chat template", "yes" if entry.has_template else "no: it can only continue text"),
-        ]
-        if compiled.license:
-            rows.append(("license", compiled.license))
+    if entry.parameters is not None:
+        rows.append(("parameters", human_count(entry.parameters)))
+    if entry.quantization:
+        rows.append(("quantization", entry.quantization))
+    if entry.context_tokens is not None:
+        rows.append(("context", f"{entry.context_tokens} tokens"))
+    if entry.target:
+        rows.append(("compiled for", entry.target))
+    rows.append(("chat template", "yes" if entry.has_template else "no: it only continues text"))
+    if entry.license:
+        rows.append(("license", entry.license))
     source_bytes = sum(artifact.size for artifact in record.artifacts)
     rows.append(("compiled size", human_bytes(record.compiled_bytes)))
     rows.append(("source size", f"{human_bytes(source_bytes)} in {len(record.artifacts)} files"))
@@ -209,7 +207,7 @@ _GARBAGE = {
 
 def to_json(entry: ModelInfo) -> dict[str, Any]:
     """The stable JSON form of an installed model."""
-    record, compiled = entry.record, entry.compiled
+    record = entry.record
     return {
         "name": entry.name,
         "variant": record.variant,
@@ -220,12 +218,12 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "revision": asdict(record.revision) if record.revision else None,
         "recipe": record.recipe,
         "family": record.family,
-        "quantization": compiled.quantization if compiled else None,
-        "parameters": compiled.parameters if compiled else None,
-        "context_tokens": compiled.context_length if compiled else None,
-        "target": compiled.target if compiled else None,
+        "quantization": entry.quantization,
+        "parameters": entry.parameters,
+        "context_tokens": entry.context_tokens,
+        "target": entry.target,
         "has_chat_template": entry.has_template,
-        "license": compiled.license if compiled else None,
+        "license": entry.license,
         "compiled_bytes": record.compiled_bytes,
         "source_bytes": sum(artifact.size for artifact in record.artifacts),
         "artifacts": [asdict(artifact) for artifact in record.artifacts],

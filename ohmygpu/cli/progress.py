@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -94,8 +95,8 @@ class BarDisplay:
                 desc=LABELS.get(event.phase, event.phase),
                 unit="B",
                 unit_scale=True,
-                dynamic_ncols=True,
                 file=self._stream,
+                **_width(self._stream),
             )
         if event.total_bytes:
             self._bar.total = event.total_bytes
@@ -107,6 +108,15 @@ class BarDisplay:
             self._bar.refresh()
         if event.total_bytes and event.done_bytes >= event.total_bytes:
             self._bar.refresh()
+
+
+def _width(stream: TextIO) -> dict[str, Any]:
+    """How wide a bar may be: as the terminal is at each moment, 80 where it does not tell."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
 
 
 class LineDisplay:

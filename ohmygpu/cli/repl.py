@@ -184,10 +184,9 @@ class Conversation:
         return "(the model's default)" if value in (None, ()) else str(value)
 
     def _show(self, _: str) -> None:
-        record, compiled = self._model.record, self._model.compiled
-        note(f"{self._model.name}: recipe {record.recipe}, from {record.source_ref}")
-        if compiled:
-            note(f"{compiled.quantization}, context {compiled.context_length} tokens")
+        model = self._model
+        note(f"{model.name}: recipe {model.record.recipe}, from {model.record.source_ref}")
+        note(f"{model.quantization}, context {model.context_tokens} tokens")
 
 
 def _parse(name: str, text: str) -> Any:

@@ -7,12 +7,13 @@ user, is not ours.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from ohmygpu.core.errors import DaemonError, DaemonNotRunning
 from ohmygpu.core.settings import Settings
 
-from .http import Client
+from .http import CONNECT_S, Client
 from .nouns import Address, Health
 from .wire import not_running
 
@@ -31,7 +32,7 @@ def find_daemon(settings: Settings) -> tuple[Address, Health]:
     first = Address(settings_url(settings))
     problem: DaemonError = not_running(first)
     for address in (first, Address("http://localhost", settings.home / "daemon.sock")):
-        if address.socket and not address.socket.exists():
+        if address.socket and not _is_served(address.socket):
             continue
         try:
             with Client(address) as client:
@@ -51,13 +52,20 @@ def find_daemon(settings: Settings) -> tuple[Address, Health]:
     raise problem
 
 
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens at a Unix socket: a killed daemon leaves its file behind."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(CONNECT_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 def settings_url(settings: Settings) -> str:
     """The URL that the settings' host and port mean for a client."""
     host = settings.server.host
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not a bind
     host = f"[{host}]" if ":" in host else host
-    return (
-        f"http://[{host}]:{settings.server.port}"
-        if ":" in host
-        else (f"http://{host}:{settings.server.port}")
-    )
+    return f"http://{host}:{settings.server.port}"

@@ -18,6 +18,7 @@ from .wire import (
     chat_body,
     model_path,
     read_health,
+    read_model,
     read_models,
     read_reply,
     translated,
@@ -67,11 +68,11 @@ class Client:
 
     def models(self) -> list[ModelInfo]:
         """All installed models."""
-        return read_models(self._call("GET", "/v1/models"))
+        return read_models(self.address, self._call("GET", "/v1/models"))
 
     def model(self, name: str) -> ModelInfo:
         """One installed model. Raises ModelNotFound (details: suggestions)."""
-        return ModelInfo.from_wire(self._call("GET", model_path(name)))
+        return read_model(self.address, self._call("GET", model_path(name)))
 
     def remove(self, name: str) -> int:
         """Remove an installed model, once nobody uses it; bytes freed."""
@@ -172,7 +173,8 @@ class AsyncClient:
         """All installed models."""
         with translated(self.address):
             response = await self._http.get("/v1/models")
-        return read_models(read_reply(self.address, response.status_code, response.content))
+        reply = read_reply(self.address, response.status_code, response.content)
+        return read_models(self.address, reply)
 
     async def chat(
         self, model: str, messages: Sequence[Message], options: ChatOptions | None = None

@@ -64,13 +64,17 @@ class Health:
 class ModelInfo:
     """An installed model: its record, and what its compile says of it.
 
-    `compiled` is None when the compiled files are damaged; `problem` then says how.
+    What the compile says is None when the compiled files are damaged; `problem` then says how.
     """
 
     record: InstallRecord
-    compiled: CompiledModel | None
+    quantization: str | None = None
+    parameters: int | None = None
+    context_tokens: int | None = None  # the model's own
+    target: str | None = None
+    license: str | None = None
     has_template: bool = False
-    location: str = ""  # folder of the compiled model
+    location: str | None = None  # folder of the compiled model; not known over HTTP
     problem: str | None = None
 
     @property
@@ -79,21 +83,39 @@ class ModelInfo:
         return self.record.name if self.record.is_default else self.record.full_name
 
     @staticmethod
-    def from_wire(model: Mapping[str, Any]) -> ModelInfo:
-        """From an entry of `GET /v1/models`."""
-        data = model["ohmygpu"]
-        compiled = data.get("compiled")
-        if compiled is not None:
-            compiled = _known(CompiledModel, compiled)
-            compiled = CompiledModel(
-                **{**compiled, "eos_token_ids": tuple(compiled["eos_token_ids"])}
-            )
+    def from_disk(
+        record: InstallRecord,
+        compiled: CompiledModel | None,
+        *,
+        has_template: bool,
+        location: str,
+        problem: str | None,
+    ) -> ModelInfo:
+        """From the store."""
         return ModelInfo(
-            record=InstallRecord.from_dict(data["record"]),
-            compiled=compiled,
-            has_template=bool(data.get("has_template", False)),
-            location=str(data.get("location", "")),
-            problem=data.get("problem"),
+            record=record,
+            quantization=compiled.quantization if compiled else None,
+            parameters=compiled.parameters if compiled else None,
+            context_tokens=compiled.context_length if compiled else None,
+            target=compiled.target if compiled else None,
+            license=compiled.license if compiled else None,
+            has_template=has_template,
+            location=location,
+            problem=problem,
+        )
+
+    @staticmethod
+    def from_wire(model: Mapping[str, Any]) -> ModelInfo:
+        """From an entry of `GET /v1/models`. Raises KeyError or CorruptFile when it is none."""
+        data = model["ohmygpu"]
+        return ModelInfo(
+            record=InstallRecord.from_dict(data),
+            quantization=data["quantization"],
+            parameters=data["parameters"],
+            context_tokens=data["context_length"],
+            target=data["target"],
+            license=data["license"],
+            has_template=bool(data["chat"]),
         )
 
 

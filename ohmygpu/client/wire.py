@@ -11,7 +11,13 @@ from urllib.parse import quote
 
 import httpx2
 
-from ohmygpu.core.errors import DaemonError, DaemonNotRunning, InvalidName, OhMyGPUError
+from ohmygpu.core.errors import (
+    CorruptFile,
+    DaemonError,
+    DaemonNotRunning,
+    InvalidName,
+    OhMyGPUError,
+)
 from ohmygpu.core.events import Event
 from ohmygpu.runtime_api import Delta, FinishReason, Message, Usage
 
@@ -31,11 +37,15 @@ def chat_body(
     """A streaming request of the OpenAI chat API."""
     return {
         "model": model,
-        "messages": [asdict(message) for message in messages],
+        "messages": [_set_fields(message) for message in messages],
         "stream": True,
         "stream_options": {"include_usage": True},
         **(options or ChatOptions()).to_dict(),
     }
+
+
+def _set_fields(message: Message) -> dict[str, Any]:
+    return {key: value for key, value in asdict(message).items() if value is not None}
 
 
 def read_reply(address: Address, status: int, content: bytes) -> dict[str, Any]:
@@ -68,9 +78,17 @@ def read_health(address: Address, status: int, content: bytes) -> Health:
         ) from error
 
 
-def read_models(reply: Mapping[str, Any]) -> list[ModelInfo]:
-    """From the reply of `GET /v1/models`."""
-    return [ModelInfo.from_wire(model) for model in reply["data"]]
+def read_models(address: Address, reply: Mapping[str, Any]) -> list[ModelInfo]:
+    """From the reply of `GET /v1/models`. Raises DaemonError when it cannot be read."""
+    try:
+        return [ModelInfo.from_wire(model) for model in reply["data"]]
+    except (KeyError, TypeError, CorruptFile) as error:
+        raise garbled(address) from error
+
+
+def read_model(address: Address, reply: Mapping[str, Any]) -> ModelInfo:
+    """From the reply of `GET /v1/models/<name>`. Raises DaemonError when it cannot be read."""
+    return read_models(address, {"data": [reply]})[0]
 
 
 def error_from_wire(data: Mapping[str, Any]) -> OhMyGPUError:
@@ -111,16 +129,10 @@ class _Decoder:
         try:
             data = json.loads(line)
         except ValueError as error:
-            raise self._garbled() from error
+            raise garbled(self.address) from error
         if not isinstance(data, dict):
-            raise self._garbled()
+            raise garbled(self.address)
         return data
-
-    def _garbled(self) -> DaemonError:
-        return DaemonError(
-            f"the daemon at {self.address} sent a reply that this version of omg cannot read;"
-            " `omg serve status` shows its version"
-        )
 
 
 class EventDecoder(_Decoder):
@@ -132,7 +144,7 @@ class EventDecoder(_Decoder):
             entry = self._json(line)
             if "phase" not in entry:
                 error = entry.get("error")
-                raise error_from_wire(error) if isinstance(error, dict) else self._garbled()
+                raise error_from_wire(error) if isinstance(error, dict) else garbled(self.address)
             event = Event.from_dict(entry)
             if event.phase == "error":
                 raise event.error or OhMyGPUError(event.message or "the pull failed")
@@ -170,7 +182,7 @@ class ChatDecoder(_Decoder):
                 try:
                     finish = FinishReason(choice["finish_reason"])
                 except ValueError as error:
-                    raise self._garbled() from error
+                    raise garbled(self.address) from error
         usage = chunk.get("usage")
         if usage:  # a chunk of its own, after the one with the finish reason
             return Delta(text=text, finish_reason=self._finish or finish, usage=_usage(usage))
@@ -219,4 +231,12 @@ def connection_lost(address: Address) -> DaemonError:
     return DaemonError(
         f"the daemon at {address} went away before it had finished; `omg serve status` says"
         " whether it still runs, and its log is daemon.log in the home folder"
+    )
+
+
+def garbled(address: Address) -> DaemonError:
+    """The error for a reply that is none of those this version knows."""
+    return DaemonError(
+        f"the daemon at {address} sent a reply that this version of omg cannot read;"
+        " `omg serve status` shows its version"
     )

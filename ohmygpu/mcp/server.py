@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -85,6 +86,9 @@ class Status(BaseModel):
 def serve(settings: Settings) -> None:
     """Serve on stdin and stdout until the input ends."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    # A thread waits for the next line of input and no exception reaches it there: Ctrl-C must end
+    # the process itself. There is nothing to clean up.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     build(settings).run()
 
 
@@ -205,7 +209,8 @@ async def _answer(
     pieces: list[str] = []
     finish: FinishReason | None = None
     usage: Usage | None = None
-    reported_s = time.monotonic()
+    reported_s = 0.0
+    await ctx.report_progress(0, options.max_tokens, "waiting for the model")
     async with contextlib.aclosing(client.chat(model, messages, options)) as deltas:
         async for delta in deltas:
             finish, usage = delta.finish_reason or finish, delta.usage or usage
@@ -227,12 +232,11 @@ async def _answer(
 
 
 def _describe(entry: ModelInfo) -> InstalledModel:
-    compiled = entry.compiled
     return InstalledModel(
         name=entry.name,
-        quantization=compiled.quantization if compiled else None,
-        parameters=compiled.parameters if compiled else None,
-        context_tokens=compiled.context_length if compiled else None,
+        quantization=entry.quantization,
+        parameters=entry.parameters,
+        context_tokens=entry.context_tokens,
         can_chat=entry.has_template,
         size_bytes=entry.record.compiled_bytes,
     )

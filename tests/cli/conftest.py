@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,16 @@ from ohmygpu.cli import main
 from tests.cli.fake_daemon import FakeDaemon
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    for variable in list(os.environ):
-        if variable.startswith("OHMYGPU_") or variable in ("HF_TOKEN", "HF_ENDPOINT"):
-            monkeypatch.delenv(variable)
-    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
-    monkeypatch.setenv("OHMYGPU_HOME", str(folder))
-    monkeypatch.setenv("OHMYGPU_SERVER_PORT", "1")  # where nothing listens
-    return folder
+@pytest.fixture(autouse=True)
+def no_daemon(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings under which no daemon answers: nothing listens at port 1."""
+    monkeypatch.setenv("OHMYGPU_SERVER_PORT", "1")
 
 
 @pytest.fixture
-def fake_daemon(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+def fake_daemon(
+    home: Path, no_daemon: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeDaemon]:
     with FakeDaemon(home) as daemon:
         monkeypatch.setenv("OHMYGPU_SERVER_PORT", str(daemon.port))
         yield daemon
@@ -44,10 +40,13 @@ class Result:
 
 
 @pytest.fixture
-def omg(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def omg(
+    home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """Runs a command line in this process, without a terminal."""
 
-    def run(*arguments: str) -> Result:
+    def run(*arguments: str, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capfd.readouterr()
         code = main(arguments)
         out, err = capfd.readouterr()

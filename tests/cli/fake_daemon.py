@@ -10,7 +10,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,7 @@ class FakeDaemon:
         class Handler(_Handler):
             fake = daemon
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -104,6 +103,13 @@ class FakeDaemon:
         raise ModelNotFound(f"{name} is not installed", suggestions=near)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that leave are part of the tests: nothing to print."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     fake: FakeDaemon
@@ -111,13 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Keep the tests' output clean."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._serve()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._serve()
 
-    def do_DELETE(self) -> None:  # noqa: N802
+    def do_DELETE(self) -> None:
         self._serve()
 
     def _serve(self) -> None:
@@ -252,15 +258,18 @@ def _error(error: OhMyGPUError) -> dict[str, Any]:
 
 def to_wire(model: ModelInfo) -> dict[str, Any]:
     """An installed model as `GET /v1/models` shows it."""
-    compiled = asdict(model.compiled) if model.compiled else None
     return {
         "id": f"{model.record.name}:latest",
         "object": "model",
         "created": CREATED,
-        "owned_by": "library",
+        "owned_by": "org",
         "ohmygpu": {
-            "record": model.record.to_dict(),
-            "compiled": compiled,
-            "has_template": model.has_template,
+            **model.record.to_dict(),
+            "quantization": model.quantization,
+            "parameters": model.parameters,
+            "context_length": model.context_tokens,
+            "target": model.target,
+            "license": model.license,
+            "chat": model.has_template,
         },
     }

@@ -71,4 +71,4 @@ def install_fake(home: Path, name: str = "org/tiny", **changes: Any) -> ModelInf
     )
     stored = repository.write_record(replace(record, **changes))
     location = str(repository.compiled_path(key))
-    return ModelInfo(record=stored, compiled=COMPILED, has_template=True, location=location)
+    return ModelInfo.from_disk(stored, COMPILED, has_template=True, location=location, problem=None)

@@ -27,7 +27,7 @@ def test_a_pipe_gets_a_line_per_message_and_every_tenth_of_a_phase(
 ) -> None:
     with Progress() as show:
         show(Event("resolve", "looking up org/tiny"))
-        for done in range(0, 101):
+        for done in range(101):
             show(Event("download", "m", done_bytes=done * MB, total_bytes=100 * MB))
         show(Event("compile", "compiling org/tiny:q8"))
         show(Event("compile", done_bytes=100 * MB, total_bytes=100 * MB))
@@ -68,9 +68,14 @@ def test_a_resumed_download_does_not_count_what_was_there_as_speed() -> None:
 
 def test_an_error_ends_the_bar_on_a_line_of_its_own() -> None:
     screen = Terminal()
-    with pytest.raises(NetworkError), Progress(screen) as show:
-        show(Event("download", done_bytes=3 * MB, total_bytes=10 * MB))
-        raise NetworkError("the hub is gone")
+
+    def fail() -> None:
+        with Progress(screen) as show:
+            show(Event("download", done_bytes=3 * MB, total_bytes=10 * MB))
+            raise NetworkError("the hub is gone")
+
+    with pytest.raises(NetworkError):
+        fail()
     assert screen.getvalue().endswith("\n")
 
 

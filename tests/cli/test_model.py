@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ohmygpu import install
+from ohmygpu.core.errors import AccessDenied, Cancelled, CorruptFile, DiskFull, UnsupportedModel
+from ohmygpu.core.events import Event
+from ohmygpu.core.repository import Repository
+from tests.cli.conftest import Result
+from tests.cli.fake_daemon import FakeDaemon
+from tests.cli.fake_models import install_fake
+
+Omg = Callable[..., Result]
+FIELDS = {
+    "name", "variant", "is_default", "id", "provider", "source", "revision", "recipe", "family",
+    "quantization", "parameters", "context_tokens", "target", "has_chat_template", "license",
+    "compiled_bytes", "source_bytes", "artifacts", "installed_at", "location", "problem",
+}  # fmt: skip
+
+
+def test_list_shows_name_id_size_and_age_with_the_default_variant_bare(
+    home: Path, omg: Omg
+) -> None:
+    first = install_fake(home, "org/Tiny")
+    install_fake(home, "org/Tiny", variant="q4", is_default=False, recipe="q4")
+    result = omg("list")
+    assert result.code == 0
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[0][:3] == ["NAME", "ID", "SIZE"]
+    assert [row[0] for row in rows[1:]] == ["org/Tiny:q4", "org/Tiny"]
+    assert rows[2][1] == first.record.digest[:12]
+    assert rows[2][2:4] == ["138", "MB"]
+
+
+def test_list_as_json_has_a_stable_form(home: Path, omg: Omg) -> None:
+    model = install_fake(home)
+    result = omg("model", "list", "--json")
+    (entry,) = json.loads(result.stdout)["models"]
+    assert entry["name"] == "org/tiny"
+    assert entry["id"] == model.record.digest
+    assert entry["revision"] == {"branch": "main", "resolved_commit": "a" * 40}
+    assert entry["parameters"] == 134_515_008
+    assert entry["context_tokens"] == 2048
+    assert entry["problem"] is None
+    assert set(entry) == FIELDS
+
+
+def test_an_empty_list_is_no_data_but_a_hint(omg: Omg) -> None:
+    result = omg("ls")
+    assert (result.code, result.stdout) == (0, "")
+    assert "omg pull" in result.stderr
+    assert json.loads(omg("list", "--json").stdout) == {"models": []}
+
+
+def test_a_damaged_model_is_listed_with_what_is_wrong_and_can_be_removed(
+    home: Path, omg: Omg
+) -> None:
+    model = install_fake(home)
+    install_fake(home, "org/whole")
+    (Path(str(model.location)) / "compile.json").write_text("{", encoding="utf-8")
+    result = omg("list")
+    assert result.code == 0
+    assert "org/whole" in result.stdout
+    assert "damaged" in result.stdout
+    assert "pull the model again" in result.stderr
+    assert omg("rm", "org/tiny").code == 0
+    assert [record.name for record in Repository(home).records()] == ["org/whole"]
+
+
+def test_info_explains_source_variant_and_location(home: Path, omg: Omg) -> None:
+    model = install_fake(home)
+    for command in (["model", "info"], ["show"]):
+        result = omg(*command, "ORG/Tiny:latest")
+        assert result.code == 0
+        for text in ("a" * 40, "135M", "2048 tokens", "the default", str(model.location), "269 MB"):
+            assert text in result.stdout
+    assert json.loads(omg("show", "org/tiny", "--json").stdout)["location"] == model.location
+
+
+def test_a_misspelt_name_suggests_the_near_one_with_exit_code_3(home: Path, omg: Omg) -> None:
+    install_fake(home)
+    for command in (["show", "org/tinny"], ["rm", "org/tinny"]):
+        result = omg(*command)
+        assert result.code == 3
+        assert "org/tiny" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_removing_frees_bytes_and_says_how_many(home: Path, omg: Omg) -> None:
+    install_fake(home)
+    install_fake(home, "org/other")
+    result = omg("rm", "org/tiny", "org/other", "org/tiny")
+    assert result.code == 0
+    assert [line.split(",")[0] for line in result.stdout.splitlines()] == [
+        "removed org/tiny",
+        "removed org/other",
+    ]
+    assert Repository(home).records() == []
+
+
+def test_nothing_is_removed_when_one_of_the_names_is_wrong(home: Path, omg: Omg) -> None:
+    install_fake(home)
+    assert omg("rm", "org/tiny", "org/absent").code == 3
+    assert len(Repository(home).records()) == 1
+
+
+def test_removing_goes_through_a_running_daemon(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    fake_daemon.models.append(install_fake(home))
+    result = omg("rm", "org/tiny", "--json")
+    assert json.loads(result.stdout) == {
+        "removed": [{"name": "org/tiny", "freed_bytes": 138_000_000}]
+    }
+    assert fake_daemon.paths() == ["DELETE /v1/models/org/tiny"]
+
+
+def test_gc_reports_what_it_removed_with_and_without_a_daemon(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert omg("model", "gc").stdout == "freed 5 MB (2 files that no model uses)\n"
+    assert fake_daemon.requests[-1][2] == {"sources": False}
+    monkeypatch.setenv("OHMYGPU_SERVER_PORT", "1")
+    install_fake(home)
+    report = json.loads(omg("model", "gc", "--sources", "--json").stdout)
+    assert report["freed_bytes"] == 0
+    assert report["damaged"] == []
+
+
+def test_another_program_on_the_port_does_not_stop_model_commands(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    install_fake(home)
+    fake_daemon.health_text = '{"hello": "world"}'
+    result = omg("rm", "org/tiny")
+    assert result.code == 0
+    assert "another program" in result.stderr
+
+
+def script(*events: Event) -> list[dict[str, Any]]:
+    return [event.to_dict() for event in events]
+
+
+def test_pull_goes_through_the_daemon_and_ends_with_how_to_talk_to_the_model(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    install_fake(home)
+    fake_daemon.pulls.append(
+        script(
+            Event("resolve", "looking up org/tiny"),
+            Event("download", done_bytes=5, total_bytes=10),
+            Event("download", done_bytes=10, total_bytes=10),
+            Event("done", name="org/tiny"),
+        )
+    )
+    result = omg("pull", "org/tiny", "--recipe", "q8", "--name", "org/tiny")
+    assert result.code == 0
+    assert result.stdout == "installed org/tiny (q8, 138 MB)\n"
+    assert "downloading 100%" in result.stderr
+    assert fake_daemon.requests[-1][2] == {"model": "org/tiny", "recipe": "q8", "name": "org/tiny"}
+
+
+def test_a_relative_path_reaches_the_daemon_as_an_absolute_one(
+    home: Path,
+    fake_daemon: FakeDaemon,
+    omg: Omg,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_fake(home, "m")
+    monkeypatch.chdir(tmp_path)
+    fake_daemon.pulls.append(script(Event("done", name="m")))
+    assert omg("pull", "./m.gguf").code == 0
+    assert fake_daemon.requests[-1][2] == {"model": str(tmp_path / "m.gguf")}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (AccessDenied("org/tiny is gated"), 6),
+        (UnsupportedModel("no converter for bert; supported: llama"), 7),
+        (CorruptFile("the file does not match its hash"), 7),
+        (DiskFull("2 GB are needed, 1 GB is free", needed_bytes=2, free_bytes=1), 8),
+    ],
+)
+def test_a_failed_pull_is_one_sentence_and_a_fixed_exit_code(
+    fake_daemon: FakeDaemon, omg: Omg, error: Any, code: int
+) -> None:
+    fake_daemon.pulls.append(script(Event("error", error.message, error=error)))
+    result = omg("pull", "org/tiny")
+    assert (result.code, result.stdout) == (code, "")
+    assert result.stderr == f"Error: {error.message}\n"
+
+
+def test_a_daemon_that_dies_during_a_pull_is_an_error_that_says_so(
+    fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    fake_daemon.pulls.append([*script(Event("resolve", "looking up")), {"phase": "cut"}])
+    result = omg("pull", "org/tiny")
+    assert result.code == 1
+    assert "went away" in result.stderr
+
+
+@pytest.fixture
+def pulled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of install.pull, which installs a fake."""
+    calls: list[dict[str, Any]] = []
+
+    def pull(reference: str, settings: object, **arguments: Any) -> object:
+        calls.append({"reference": reference, **arguments})
+        arguments["sink"](Event("compile", done_bytes=1, total_bytes=1))
+        return install_fake(home, reference).record
+
+    monkeypatch.setattr(install, "pull", pull)
+    return calls
+
+
+def test_without_a_daemon_pull_installs_by_itself(omg: Omg, pulled: list[dict[str, Any]]) -> None:
+    result = omg("pull", "org/new", "--json")
+    assert json.loads(result.stdout)["name"] == "org/new"
+    assert pulled[0]["reference"] == "org/new"
+    assert "compiling 100%" in result.stderr
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HF_ENDPOINT", "OHMYGPU_MODELS_RECIPE"])
+def test_settings_in_this_commands_environment_count_even_when_a_daemon_runs(
+    fake_daemon: FakeDaemon,
+    omg: Omg,
+    pulled: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+) -> None:
+    values = {"HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:2"}
+    monkeypatch.setenv(variable, values.get(variable, "q4"))
+    assert omg("pull", "org/new").code == 0
+    assert len(pulled) == 1
+    assert fake_daemon.paths() == []
+
+
+def test_a_cancelled_pull_says_that_it_can_go_on(omg: Omg, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pull(*_: object, cancel: threading.Event, **__: object) -> None:
+        raise Cancelled("the pull was cancelled")
+
+    monkeypatch.setattr(install, "pull", pull)
+    result = omg("pull", "org/new")
+    assert result.code == 130
+    assert "goes on from here" in result.stderr
+
+
+def test_a_reference_that_is_none_is_refused_before_anything_happens(omg: Omg) -> None:
+    for reference in ("", "a/b/c", "org/../x", "nonsense"):
+        result = omg("pull", reference)
+        assert (result.code, result.stdout) == (2, "")
+        assert result.stderr.startswith("Error: ")
+
+
+def test_an_unknown_recipe_reaches_the_user_as_the_daemon_words_it(
+    fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    fake_daemon.pulls.append(
+        script(Event("error", error=UnsupportedModel("there is no recipe q5; use q4 or q8")))
+    )
+    assert "q4 or q8" in omg("pull", "org/tiny", "--recipe", "q5").stderr
