@@ -98,11 +98,11 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 class GenerateRequest:
     """What to generate from: a conversation (`messages`) or plain text (`prompt`), exactly one.
 
-    Messages go through the model's chat template; `prompt` is tokenised as it stands, after
-    `context_tokens` (the tokens an earlier reply returned). `context_limit` lowers the context of
-    this request only. With `truncate`, whole oldest messages that are not system messages are
-    dropped until the prompt fits, and Usage says how many; without it a prompt that does not fit
-    raises ContextLengthExceeded.
+    Messages go through the model's chat template; `prompt` is tokenised as it stands. Either
+    continues `context_tokens`, the tokens an earlier reply returned. `context_limit` lowers the
+    context of this request only. With `truncate`, whole oldest messages that are not system
+    messages are dropped until the prompt fits, and Usage says how many; without it a prompt that
+    does not fit raises ContextLengthExceeded.
     """
 
     sampling: SamplingParams

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import tokenizers
 
-from ohmygpu.core.errors import CorruptFile, InvalidRequest
+from ohmygpu.core.errors import ContextLengthExceeded, CorruptFile, InvalidRequest
 from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE, CompiledModel
 from ohmygpu.runtime_api import Message
 
 from .template import ChatTemplate
+
+_HUGE_CHARACTERS = 200_000  # from here on a prompt is tried in parts first
+_CUT_TOKENS = 64  # more than cutting a text can add
 
 
 class Tokenizer:
@@ -36,6 +39,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = compiled.vocab_size
+        self._context_tokens = compiled.context_length
         self.eos_token_ids = compiled.eos_token_ids
         self.special_ids = frozenset(self.eos_token_ids) | {
             token_id
@@ -59,7 +63,8 @@ class Tokenizer:
         """Token ids of `text`; `add_special` adds what the model wants around plain text (BOS).
 
         Special tokens written in the text become special tokens; a BOS that the text already begins
-        with is not added twice. Raises InvalidRequest when the text is not valid Unicode.
+        with is not added twice. Raises InvalidRequest when the text is not valid Unicode, and
+        ContextLengthExceeded when it is both huge and certain not to fit the model's context.
         """
         if not text.isascii():
             try:
@@ -70,11 +75,32 @@ class Tokenizer:
                     "characters",
                     param="prompt",
                 ) from error
+        if len(text) > _HUGE_CHARACTERS:
+            self._refuse_overlong(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         if add_special and self._bos_token and text.startswith(self._bos_token):
             twice = [self._bos_token_id, self._bos_token_id]
             return ids[1:] if ids[:2] == twice else ids
         return ids
+
+    def _refuse_overlong(self, text: str) -> None:
+        """Raise ContextLengthExceeded if a part of the text alone exceeds the model's context.
+
+        Tokenising a body of the largest size takes minutes; parts that grow eightfold find out in a
+        time that depends on the context alone. Cutting a text adds a token or two at the cut.
+        """
+        characters = 8 * self._context_tokens
+        while characters < len(text):
+            part = self._tokenizer.encode(text[:characters], add_special_tokens=False)
+            count = len(part.ids) - _CUT_TOKENS
+            if count > self._context_tokens:
+                raise ContextLengthExceeded(
+                    f"the prompt has more than {count} tokens and the context holds "
+                    f"{self._context_tokens}; shorten the prompt",
+                    prompt_tokens=count,
+                    context_tokens=self._context_tokens,
+                )
+            characters *= 8
 
     def encode_prompt(self, prompt: str, context_tokens: Sequence[int] = ()) -> list[int]:
         """Prompt of plain text, as it stands; after `context_tokens` it gets no BOS."""

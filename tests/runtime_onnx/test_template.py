@@ -142,8 +142,8 @@ GOLDENS = [
         LLAMA_3,
         TALK,
         (
-            "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-            "Be kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi <b>& 'you'<|eot_id|>"
+            "<s><|start_header_id|>system<|end_header_id|>\n\n"
+            "Cutting Knowledge Date: December 2023\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi <b>& 'you'<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n<think>x</think>\n Hello<|eot_id|>"
             "<|start_header_id|>user<|end_header_id|>\n\nGröße 🙂?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n"

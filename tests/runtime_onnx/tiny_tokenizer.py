@@ -88,6 +88,8 @@ def word_piece() -> tokenizers.Tokenizer:
 
 def compiled(tokenizer: tokenizers.Tokenizer, eos: str, bos: str = "") -> CompiledModel:
     """A compile.json around a tokenizer."""
+    eos_token_id = tokenizer.token_to_id(eos)
+    assert eos_token_id is not None
     return CompiledModel(
         family="llama",
         converter_version=1,
@@ -109,7 +111,7 @@ def compiled(tokenizer: tokenizers.Tokenizer, eos: str, bos: str = "") -> Compil
         rope_theta=10000.0,
         norm_epsilon=1e-5,
         bos_token_id=tokenizer.token_to_id(bos) if bos else None,
-        eos_token_ids=(tokenizer.token_to_id(eos),),
+        eos_token_ids=(eos_token_id,),
         bos_token=bos,
         eos_token=eos,
     )
