@@ -143,7 +143,8 @@ GOLDENS = [
         TALK,
         (
             "<s><|start_header_id|>system<|end_header_id|>\n\n"
-            "Cutting Knowledge Date: December 2023\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi <b>& 'you'<|eot_id|>"
+            "Cutting Knowledge Date: December 2023\nBe kind.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi <b>& 'you'<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n<think>x</think>\n Hello<|eot_id|>"
             "<|start_header_id|>user<|end_header_id|>\n\nGröße 🙂?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n"
