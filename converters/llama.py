@@ -131,9 +131,9 @@ def build(config: Config, e: Emitter) -> None:
         )
         fed = layers.gated_mlp(e, f"{path}/mlp", normed, gate, up, down)
         last = layer + 1 == config.decoder.layers
-        following = "norm" if last else f"layers.{layer + 1}.input_layernorm"
+        following = "norm" if last else f"layers.{layer + 1}/input_layernorm"
         normed, hidden = layers.skip_rms_norm(
-            e, f"/model/{following}", fed, hidden, f"model.{following}.weight"
+            e, f"/model/{following}", fed, hidden, f"model.{following.replace('/', '.')}.weight"
         )
     tied = config.tie_word_embeddings
     layers.lm_head(e, normed, "model.embed_tokens.weight" if tied else "lm_head.weight")

@@ -50,11 +50,12 @@ class OnnxRun:
             "seqlens_k": np.array(totals, np.int32) - np.int32(1),
             "total_sequence_length": np.array(self.length if total is None else total, np.int32),
             "logit_rows": np.array(list(wanted), np.int64),
-            **self.extra,
         }
         binding = self.session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
+        for name, value in self.extra.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
         for name, cache in self.past.items():
             view = cache[first_row : first_row + rows]
             present = name.replace("past_key_values", "present")
@@ -77,6 +78,10 @@ class OnnxRun:
                 done += len(piece)
                 pieces.append(self.run(np.array([piece]), [start + done], row))
         return np.concatenate(pieces)
+
+    def fill(self, ids: Ids, row: int = 0) -> None:
+        """Compute the KV of `ids` in row `row`, without logits."""
+        self.run(np.array([ids]), [len(ids)], row, logit_rows=[])
 
     def decode(self, ids: Ids, totals: Sequence[int], first_row: int = 0) -> Float32:
         """One new token for each of len(ids) rows, of `totals` tokens with it; logits (B, V)."""

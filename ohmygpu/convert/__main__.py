@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..core.errors import InvalidRequest, OhMyGPUError, OutOfMemory, RuntimeFailure
+from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, OutOfMemory, RuntimeFailure
 
 _PROGRESS_INTERVAL_S = 0.1
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -42,8 +42,8 @@ def main() -> int:
     except OhMyGPUError as error:
         answer = {"error": error.to_dict()}
     except MemoryError:
-        error = OutOfMemory("not enough memory to compile; stop other programs and pull again")
-        answer = {"error": error.to_dict()}
+        shortage = OutOfMemory("not enough memory to compile; stop other programs and pull again")
+        answer = {"error": shortage.to_dict()}
     except Exception as error:  # noqa: BLE001 (the parent needs an answer, whatever happened)
         traceback.print_exc()
         failure = RuntimeFailure(f"the compile failed: {type(error).__name__}: {error}")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from ..core.errors import DiskFull
-from ..core.records import COMPILE_FILE, CompiledModel
+from ohmygpu.core.files import explain
+from ohmygpu.core.records import COMPILE_FILE, CompiledModel
+
 from . import recipes
 from .decoder import Decoder, Emitter
 from .family import CONVERTER_VERSION, check_supported, family
@@ -38,7 +39,10 @@ def compile_model(
         try:
             return compile_source(source, output, chosen, processor, progress)
         except OSError as error:
-            raise _disk_error(error) from error
+            explained = explain(error, output, "the compiled model")
+            if explained is None:
+                raise
+            raise explained from error
 
 
 def compile_source(
@@ -92,9 +96,10 @@ def write_graph(
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     builder = family(check_supported(source.config))
     config = builder.Config.read(source.config)
-    with Graph(output) as graph, closing(
-        Weights(source, graph, recipe, target, progress)
-    ) as weights:
+    with (
+        Graph(output) as graph,
+        closing(Weights(source, graph, recipe, target, progress)) as weights,
+    ):
         weights.check_names(builder.weights(config), lambda name: builder.ignored(config, name))
         builder.build(config, Emitter(graph, weights, recipe, target, config.decoder))
         graph.save(str(CONVERTER_VERSION))
@@ -120,11 +125,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _disk_error(error: OSError) -> Exception:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull("no space left on the disk while compiling; free some and pull again")
-    return error

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.errors import CorruptFile
-
+from ohmygpu.core.errors import CorruptFile
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

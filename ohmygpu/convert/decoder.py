@@ -63,7 +63,7 @@ class Emitter:
         self.total_sequence_length = graph.input("total_sequence_length", np.int32, [])
         self.logit_rows = graph.input("logit_rows", np.int64, ["R"])
         graph.output("logits", np.float32, ["R", decoder.vocab_size])
-        cache = ["B", decoder.kv_heads, "T", decoder.cache_dim]
+        cache: list[int | str] = ["B", decoder.kv_heads, "T", decoder.cache_dim]
         for layer in range(decoder.layers):
             for kind in ("key", "value"):
                 graph.input(f"past_key_values.{layer}.{kind}", self.dtype, cache)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ..core.errors import UnsupportedModel
+from ohmygpu.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from .decoder import Decoder, Emitter

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..core.records import GRAPH_FILE
+from ohmygpu.core.records import GRAPH_FILE
 
 DATA_FILE = GRAPH_FILE + ".data"
 

@@ -95,8 +95,10 @@ def embedding(e: Emitter, weight: str, *, path: str = "/model/embed_tokens") -> 
     g, label = e.graph, _label(path)
     layout = e.weights.layout(weight, head=True)
     if not layout.bits or e.decoder.hidden_size % layout.group:
-        matrix = e.weights.floats(weight, label) if layout.bits else e.weights.matrix(
-            [weight], label, head=True
+        matrix = (
+            e.weights.floats(weight, label)
+            if layout.bits
+            else e.weights.matrix([weight], label, head=True)
         )
         return g.node(f"{path}/Gather", [matrix.data, e.input_ids])
     matrix = e.weights.matrix([weight], label, head=True)
@@ -140,9 +142,7 @@ def skip_rms_norm(e: Emitter, path: str, x: str, skip: str, weight: str) -> tupl
     gamma = e.weights.vector([weight], f"{_label(path)}.weight")
     node = f"{path}/SkipSimplifiedLayerNormalization"
     outputs = [f"{node}/output_0", "", "", f"{node}/output_3"]
-    e.graph.node(
-        node, [x, skip, gamma], outputs, domain=_MS, epsilon=e.decoder.norm_epsilon
-    )
+    e.graph.node(node, [x, skip, gamma], outputs, domain=_MS, epsilon=e.decoder.norm_epsilon)
     return outputs[0], outputs[3]
 
 

@@ -78,28 +78,29 @@ def _quantize_4(groups: Float32, scale_dtype: np.dtype[Any] | type) -> Quantized
     """
     high, low = groups.max(axis=-1), groups.min(axis=-1)
     extreme = np.where(high > -low, high, low)  # (N, K / G)
-    best_scales = np.zeros_like(extreme)
+    units = groups * _inverse(extreme)[..., None]  # the largest is 1: no overflow below
+    best_fit = np.zeros_like(extreme)
     best_gain = np.full_like(extreme, -1)
     for step in _Q4_STEPS:
-        codes = _round_4(groups, extreme / np.float32(-step))
-        fit = np.einsum("nkg,nkg->nk", codes, groups)
-        norm = np.einsum("nkg,nkg->nk", codes, codes)
-        # The error of the refitted group is |w|^2 - fit^2 / norm: the largest gain wins.
-        gain = fit * fit / np.maximum(norm, np.float32(1))
+        codes = _clipped(units * np.float32(-step))
+        product = np.einsum("nkg,nkg->nk", codes, units)
+        norm = np.maximum(np.einsum("nkg,nkg->nk", codes, codes), np.float32(1))
+        # The squared error after the refit is |w|^2 - product^2 / norm: the largest gain wins.
+        gain = product * product / norm
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)
-        np.copyto(best_scales, fit / np.maximum(norm, np.float32(1)), where=better)
-    best_scales = np.where(np.isfinite(extreme), best_scales, extreme)
-    scales = best_scales.astype(scale_dtype)
-    codes = (_round_4(groups, scales) + np.float32(8)).astype(np.uint8)
-    return Quantized(codes[..., 0::2] | (codes[..., 1::2] << 4), scales)
+        np.copyto(best_fit, product / norm, where=better)
+    scales = (best_fit * extreme).astype(scale_dtype)
+    codes = _clipped(groups * _inverse(scales)[..., None])
+    packed = (codes + np.float32(8)).astype(np.uint8)
+    packed = packed[..., 0::2] | (packed[..., 1::2] << np.uint8(4))
+    return Quantized(packed, scales)
 
 
-def _round_4(groups: Float32, scales: NDArray[Any]) -> Float32:
-    """Signed codes -8 … 7 of each weight, as float32."""
-    codes = groups * _inverse(scales)[..., None]
-    np.rint(codes, out=codes)
-    return np.clip(codes, -8, 7, out=codes)
+def _clipped(values: Float32) -> Float32:
+    """Rounded in place to the codes -8 … 7, as float32."""
+    np.rint(values, out=values)
+    return np.clip(values, -8, 7, out=values)
 
 
 def _inverse(scales: NDArray[Any]) -> Float32:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ..core.errors import InvalidRequest
+from ohmygpu.core.errors import InvalidRequest
 
 GROUP = 32  # weights that share a scale
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+
 from . import config as fields
 
 Float32 = NDArray[np.float32]
@@ -88,7 +89,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     rope = _SCALINGS[kind](plain, parameters)
     if config.get("rope_freq_factors") is not None:
         factors = fields.numbers(config, "rope_freq_factors", rotary_dim // 2)
-        rope = replace(rope, frequencies=rope.frequencies / np.array(factors, np.float32))
+        divisors: Float32 = np.array(factors, np.float32)
+        rope = replace(rope, frequencies=rope.frequencies / divisors)
     return rope
 
 
@@ -111,7 +113,8 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _frequencies(theta: float, rotary_dim: int) -> Float32:
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    return np.float32(1.0) / np.power(np.float32(theta), exponents, dtype=np.float32)
+    frequencies: Float32 = np.float32(1.0) / np.power(np.float32(theta), exponents)
+    return frequencies
 
 
 def _default(rope: Rope, _: Mapping[str, Any]) -> Rope:

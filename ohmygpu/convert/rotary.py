@@ -9,8 +9,10 @@ of a row end at its total length, and a row that is shorter than S is padded and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .decoder import Emitter
 from .rope import Stretched
@@ -138,5 +140,5 @@ def _scaled(e: Emitter, function: str, angles: str) -> str:
     return value
 
 
-def _constant(e: Emitter, name: str, value: np.generic | np.ndarray) -> str:  # type: ignore[type-arg]
+def _constant(e: Emitter, name: str, value: np.generic | NDArray[Any]) -> str:
     return e.graph.constant(f"model.rotary.{name}", np.asarray(value))

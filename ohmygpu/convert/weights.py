@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+
 from .graph import Graph
 from .quantize import quantize_rows
 from .recipes import GROUP, Recipe, Target
