@@ -171,6 +171,7 @@ class _Fetch:
         self._cancel = cancel
         self._reported_at = 0.0
         self._opened_at = 0.0
+        self._has_told_end = False
 
     def run(self) -> list[str]:
         """SHA-256 of each file."""
@@ -184,7 +185,6 @@ class _Fetch:
                 self._workers.start(self._next_unit)
             while not all(download.is_done for download in self._downloads):
                 self._step()
-            self._report(force=True)
             return self._verified()
         finally:
             self._workers.end()
@@ -194,6 +194,7 @@ class _Fetch:
 
     def _verified(self) -> list[str]:
         """SHA-256 of each file, told to the sink one by one."""
+        self._tell_end()
         done_bytes = 0
         digests = []
         for download in self._downloads:
@@ -356,12 +357,32 @@ class _Fetch:
         return done
 
     def _report(self, *, force: bool = False) -> None:
+        """Tell the sink how far it is, ten times a second at most.
+
+        When all bytes have come and hashing still goes on (after a resume of a large file), the
+        hashing is what is told.
+        """
         now = time.monotonic()
-        if force or now - self._reported_at >= _REPORT_EVERY_S:
-            self._reported_at = now
-            self._sink(
-                Event("download", done_bytes=self._done_bytes(), total_bytes=self._total_bytes)
-            )
+        if not force and now - self._reported_at < _REPORT_EVERY_S:
+            return
+        self._reported_at = now
+        done_bytes = self._done_bytes()
+        if done_bytes < self._total_bytes or force:
+            self._has_told_end = False
+            self._sink(Event("download", done_bytes=done_bytes, total_bytes=self._total_bytes))
+            return
+        self._tell_end()
+        hashed_bytes = sum(
+            each.file.size if each.is_done else each.hashed_bytes for each in self._downloads
+        )
+        self._sink(Event("verify", done_bytes=hashed_bytes, total_bytes=self._total_bytes))
+
+    def _tell_end(self) -> None:
+        """Tell once that all bytes have come."""
+        if not self._has_told_end:
+            total = self._total_bytes
+            self._sink(Event("download", done_bytes=total, total_bytes=total))
+        self._has_told_end = True
 
     def _check_space(self) -> None:
         """Raise DiskFull when what is missing cannot fit."""

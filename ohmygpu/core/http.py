@@ -61,14 +61,19 @@ def check_hop(source: str, target: str) -> None:
         raise NetworkError(
             f"{show_origin(source)} points to the unencrypted {show_origin(target)}; refused"
         )
-    if from_host != to_host and _depth(to_host) > _depth(from_host):
+    minute = int(time.monotonic() // 60)
+    if from_host != to_host and _depth(to_host, minute) > _depth(from_host, minute):
         raise NetworkError(
             f"{show_origin(source)} points into the local network ({to_host}); refused"
         )
 
 
-def _depth(host: str) -> int:
-    """How far inside a host lies: 0 public, 1 private network, 2 this machine, 3 link-local."""
+@functools.lru_cache(maxsize=256)
+def _depth(host: str, minute: int) -> int:
+    """How far inside a host lies: 0 public, 1 private network, 2 this machine, 3 link-local.
+
+    `minute` lets an answer be remembered for that long.
+    """
     try:
         addresses = {ipaddress.ip_address(host)}
     except ValueError:

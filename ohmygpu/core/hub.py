@@ -11,12 +11,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
 from .download import Downloader
 from .errors import CorruptFile, InvalidName, ModelNotFound, NetworkError, OhMyGPUError
-from .http import GuardedClient, show_origin, with_retries
+from .http import MAX_REDIRECTS, GuardedClient, origin_of, show_origin, with_retries
 from .hub_errors import explain_refusal
 from .model_files import artifact_format, check_filename, select_files
 from .provider import RemoteFile, Resolved
@@ -288,9 +289,15 @@ class HubProvider:
 
 
 def _ask_digest(client: GuardedClient, file: RemoteFile) -> RemoteFile:
-    """`file` with what the headers of its address tell."""
-    response = with_retries(lambda: client.head(file.url, follow_redirects=False))
-    headers = response.headers
+    """`file` with what the headers of its address tell, before they lead away from the hub."""
+    url = file.url
+    for _ in range(MAX_REDIRECTS):
+        response = with_retries(partial(client.head, url, follow_redirects=False))
+        headers = response.headers
+        target = urljoin(url, headers.get("location", ""))
+        if not response.has_redirect_location or origin_of(target) != origin_of(url):
+            break
+        url = target
     etag = headers.get("x-linked-etag") or headers.get("etag") or ""
     etag = etag.strip().removeprefix("W/").strip('"')
     size = headers.get("x-linked-size") or headers.get("content-length") or ""

@@ -48,9 +48,9 @@ class Partial:
     def try_open(folder: Path, file: RemoteFile) -> Partial | None:
         """The partial of `file`, or None while another process or thread has it."""
         lock = FileLock(folder / f"{file.digest}.lock")
-        if not lock.try_acquire():
-            return None
         try:
+            if not lock.try_acquire():
+                return None
             return Partial(folder, file, lock)
         except BaseException as error:
             lock.release()
