@@ -204,7 +204,7 @@ class Engine:
                 row += chunk.is_last
         except Exception as error:
             _logger.exception("a step of %d decodes failed", len(plan.decodes))
-            failure = RuntimeFailure(f"the model failed to run: {_first_line(error)}")
+            failure = _failure("the model failed to run", error)
             sequences = (*plan.decodes, *(chunk.sequence for chunk in plan.prefills))
             for sequence in sequences:
                 self._fail(self._generations[sequence.sequence_id], failure, output)
@@ -237,8 +237,7 @@ class Engine:
                 self._accept(generation, token, now_s, output)
             except Exception as error:
                 _logger.exception("request %d failed", generation.sequence.sequence_id)
-                failure = RuntimeFailure(f"the answer cannot be written: {_first_line(error)}")
-                self._fail(generation, failure, output)
+                self._fail(generation, _failure("the answer cannot be written", error), output)
 
     def _sample(self, generations: list[_Generation], output: StepOutput) -> list[int | None]:
         """A token for each row of logits; None for a row whose request had to be ended."""
@@ -255,8 +254,7 @@ class Engine:
                 tokens.append(int(sample_rows(logits[row : row + 1], [generation.sampler])[0]))
             except Exception as error:
                 _logger.exception("sampling request %d failed", generation.sequence.sequence_id)
-                failure = RuntimeFailure(f"no next token can be chosen: {_first_line(error)}")
-                self._fail(generation, failure, output)
+                self._fail(generation, _failure("no next token can be chosen", error), output)
                 tokens.append(None)
         return tokens
 
@@ -325,5 +323,9 @@ class Engine:
             self.retry_after_s = min(max(wait_s, _MIN_RETRY_S), _MAX_RETRY_S)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _failure(what: str, error: Exception) -> OhMyGPUError:
+    """`error` itself where it is one of ours, else a RuntimeFailure that begins with `what`."""
+    if isinstance(error, OhMyGPUError):
+        return error
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return RuntimeFailure(f"{what}: {reason}")

@@ -28,8 +28,8 @@ class EngineLoop:
     """Runs an engine until closed.
 
     `publish` gets each step's output on the engine's thread (errors of a single request may come
-    from another); it may block, which holds the engine and nothing else. `fail` is called once,
-    should the engine itself break.
+    from another); it may block, which holds the engine and nothing else. Should the engine itself
+    break, its requests are told, then `fail` is called.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class EngineLoop:
         engine: Engine,
         encoder: Encoder,
         publish: Publish,
-        fail: Callable[[OhMyGPUError], None],
+        fail: Callable[[OhMyGPUError], None] = lambda error: None,
     ) -> None:
         self.engine = engine
+        self.error: OhMyGPUError | None = None  # what broke the engine
         self._encoder = encoder
         self._publish = publish
         self._fail = fail
@@ -71,7 +72,7 @@ class EngineLoop:
         scheduler = self.engine.scheduler
         with self._wake:
             if self._closing:
-                raise RuntimeFailure("the model is being unloaded")
+                raise self.error or RuntimeFailure("the model is being unloaded")
             if len(self._active) >= scheduler.slots + scheduler.max_queue:
                 raise Busy(
                     f"{len(self._active)} requests are running or waiting, as many as this model "
@@ -173,8 +174,9 @@ class EngineLoop:
         self._emit(StepOutput(deltas=[(request_id, ended) for request_id in ids]))
 
     def _break(self, error: OhMyGPUError) -> None:
+        self.error = error
         with self._wake:
             self._closing = True
-            ids = list(self._active)
+            ids = sorted(self._active)
         self._emit(StepOutput(errors=[(request_id, error) for request_id in ids]))
         self._fail(error)

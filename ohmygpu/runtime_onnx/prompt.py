@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ohmygpu.core.errors import InvalidRequest
 from ohmygpu.runtime_api import GenerateRequest, Message
 
 from .sequence import check_fits
@@ -37,16 +38,16 @@ def prepare_prompt(request: GenerateRequest, encoder: Encoder, context_tokens: i
     """The prompt of `request` in a context of `context_tokens`.
 
     Raises ContextLengthExceeded when it does not fit, after dropping all that `truncate` allows;
-    InvalidRequest when the template refuses the messages.
+    InvalidRequest when there is nothing to compute or the template refuses the messages.
     """
     if request.messages is None:
         token_ids = encoder.encode_prompt(request.prompt or "", request.context_tokens)
-        check_fits(len(token_ids), context_tokens)
-        return Prompt(token_ids)
-    messages = request.messages
-    token_ids = encoder.encode_chat(messages, request.context_tokens)
-    if request.truncate and len(token_ids) >= context_tokens:
-        return _truncated(request, encoder, context_tokens)
+    else:
+        token_ids = encoder.encode_chat(request.messages, request.context_tokens)
+        if request.truncate and len(token_ids) >= context_tokens:
+            return _truncated(request, encoder, context_tokens)
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty; send at least one character", param="prompt")
     check_fits(len(token_ids), context_tokens)
     return Prompt(token_ids)
 

@@ -110,7 +110,7 @@ def choose_context(spec: RunSpec, compiled: CompiledModel) -> int:
 def choose_threads(spec: RunSpec, compiled: CompiledModel, cores: int) -> int:
     """Threads of a run: what `spec` asks for, else one per core but no more than heads.
 
-    With more threads than heads times rows, attention splits a long sequence among threads and rounds
+    With more threads than heads times rows, attention splits a long sequence and rounds
     differently: what a sequence says would depend on how many others run beside it.
     """
     return spec.threads or max(1, min(cores, compiled.heads))
@@ -149,7 +149,7 @@ class OnnxRuntime:
     async def load(self) -> RuntimeCaps:
         """Load the model; idempotent. Raises RuntimeFailure, OutOfMemory or CorruptFile."""
         async with self._loading:
-            if self._loaded is None or self._state == "error":
+            if self._loaded is None or (self._loop is not None and self._loop.error):
                 self._state = "loading"
                 try:
                     loaded = await asyncio.to_thread(load_model, self._spec)
@@ -157,9 +157,7 @@ class OnnxRuntime:
                     self._state, self._detail = "error", error.message
                     raise
                 self._events = asyncio.get_running_loop()
-                self._loop = EngineLoop(
-                    loaded.engine, loaded.tokenizer, self._publish, self._engine_broke
-                )
+                self._loop = EngineLoop(loaded.engine, loaded.tokenizer, self._publish)
                 self._loop.start()
                 self._loaded, self._state, self._detail = loaded, "ready", loaded.note
             return self._loaded.caps
@@ -180,7 +178,7 @@ class OnnxRuntime:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Stream the answer; closing the generator aborts."""
-        if self._loop is None or self._state != "ready":
+        if self._loop is None:
             raise RuntimeFailure(f"{self._spec.model} is not loaded")
         loop, request_id = self._loop, next(self._ids)
         stream: asyncio.Queue[Delta | OhMyGPUError] = asyncio.Queue()
@@ -210,15 +208,12 @@ class OnnxRuntime:
             if stream is not None:
                 stream.put_nowait(item)
 
-    def _engine_broke(self, error: OhMyGPUError) -> None:
-        self._state, self._detail = "error", error.message
-
 
 def status_of(loop: EngineLoop, state: RuntimeState, detail: str) -> RuntimeStatus:
-    """The status of a running engine."""
+    """The status of a running engine, or of one that broke."""
     return RuntimeStatus(
-        state=state,
-        detail=detail,
+        state="error" if loop.error else state,
+        detail=loop.error.message if loop.error else detail,
         running=loop.running,
         waiting=loop.waiting,
         free_slots=loop.engine.scheduler.free_slots,
