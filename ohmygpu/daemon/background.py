@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ohmygpu.core.errors import DaemonError, OhMyGPUError
-from ohmygpu.core.settings import Settings, describe
+from ohmygpu.core.settings import Settings, describe, load_settings
 
 START_TIMEOUT_S = 60.0
-_COMMAND_LINE = "command line"  # the origin of settings that neither file nor environment has
 _MAX_REPORT_BYTES = 65536
 
 # Daemons this process started: a reference, so that their Popen objects are not collected while
@@ -70,12 +69,19 @@ def report(ready_fd: int, message: Mapping[str, Any]) -> None:
 
 
 def child_environment(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which a child loads the same settings, command line flags included."""
+    """The environment in which a child loads the same settings.
+
+    What it would find by itself, in the file and the environment, is left to it; the rest, flags
+    of the command line mostly, is added.
+    """
     result = dict(environment) | {"OHMYGPU_HOME": str(settings.home)}
+    found = load_settings({"home": str(settings.home)})
     for row in describe(settings):
         section, _, name = row.key.partition(".")
-        if row.origin == _COMMAND_LINE and name:
-            value = getattr(getattr(settings, section), name)
+        if not name or row.key == "hub.token":
+            continue
+        value = getattr(getattr(settings, section), name)
+        if value != getattr(getattr(found, section), name):
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             result[f"OHMYGPU_{section}_{name}".upper()] = text
     return result

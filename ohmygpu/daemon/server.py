@@ -41,7 +41,8 @@ PID_FILE = "daemon.pid"
 SOCKET_FILE = "daemon.sock"
 LOG_FILE = "daemon.log"
 KEEP_ALIVE_S = 30.0  # idle connections; longer than HTTP clients keep theirs, so that they close
-GOODBYE_S = 2.0  # for streams to write their last event, and for connections to close
+PULL_END_S = 2.0  # for pulls to note how far they came
+GOODBYE_S = 1.0  # for streams to write their last event, and for connections to close
 
 _logger = logging.getLogger("ohmygpu.daemon")
 
@@ -139,7 +140,7 @@ async def _drain(services: Services, stop: _StopSignals, drain_s: float) -> None
     state = services.state
     state.draining = True
     _logger.info("stopping; %d requests are running", state.requests)
-    await services.pulls.shutdown(GOODBYE_S)
+    await services.pulls.shutdown(PULL_END_S)
     await _until_idle(state, stop, drain_s)
     if state.requests:
         _logger.warning("%d requests did not finish in time", state.requests)
@@ -171,7 +172,7 @@ async def _end_tasks() -> None:
             return
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=GOODBYE_S / 4)
+        await asyncio.wait(tasks, timeout=GOODBYE_S / 2)
 
 
 class _StopSignals:

@@ -1,4 +1,4 @@
-"""Stand-ins for what the daemon works with: a runtime whose answers are enqueued, a model on disk."""
+"""Stand-ins for what the daemon works with: a runtime that plays back, a model on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ohmygpu.runtime_api import (
     Usage,
 )
 
-Step = str | Delta | Exception | asyncio.Event
+Step = str | float | Delta | Exception | asyncio.Event
 GIB = 2**30
 CAPS = RuntimeCaps(
     context_tokens=2048,
@@ -88,6 +88,8 @@ class FakeRuntime:
                     if not await self._passes(step):
                         yield Delta(finish_reason=FinishReason.ABORT)
                         return
+                elif isinstance(step, float):
+                    await asyncio.sleep(step)
                 elif isinstance(step, Exception):
                     raise step
                 else:
@@ -130,7 +132,7 @@ class Runtimes:
         return self.made[-1]
 
     def enqueue(self, *steps: Step) -> None:
-        """The next request's answer; text, whole Deltas, errors to raise, events to wait for."""
+        """The next request's answer: text, Deltas, errors to raise, events or seconds to wait."""
         self.answers.append(steps)
 
 
@@ -280,3 +282,10 @@ class RawClient:
     def abort(self) -> None:
         """Vanish."""
         self.writer.transport.abort()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until `condition` holds; fails after ten seconds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.001)

@@ -148,7 +148,7 @@ def test_what_is_not_a_strict_json_object_is_refused(raw: bytes) -> None:
 
 
 def test_an_empty_body_is_told_in_each_familys_words() -> None:
-    with pytest.raises(InvalidRequest, match="^missing request body$"):
+    with pytest.raises(InvalidRequest, match=r"^missing request body$"):
         parse_body(b"", "ollama")
     with pytest.raises(InvalidRequest, match="is empty"):
         parse_body(b"", "openai")

@@ -33,7 +33,7 @@ async def test_the_last_delta_takes_the_merged_text_with_it() -> None:
         box.put(Delta(text="x"))
     box.put(Delta(text="!", finish_reason=FinishReason.LENGTH))
     box.put(Delta(text="ignored"))
-    received = []
+    received: list[Delta] = []
     while not received or received[-1].finish_reason is None:
         received.append(await box.get())
     assert len(received) == MAX_PENDING + 1

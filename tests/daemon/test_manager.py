@@ -20,7 +20,7 @@ from ohmygpu.core.errors import (
 from ohmygpu.core.repository import Repository
 from ohmygpu.daemon.loaded import estimate_bytes
 from ohmygpu.daemon.manager import ModelManager
-from ohmygpu.runtime_api import Delta, GenerateRequest, SamplingParams
+from ohmygpu.runtime_api import GenerateRequest, SamplingParams
 from tests.daemon.fakes import END, GIB, Runtimes, install_model, settings_of
 
 REQUEST = GenerateRequest(sampling=SamplingParams(), prompt="hi")
@@ -334,10 +334,8 @@ async def test_generate_passes_the_answer_on_and_frees_the_slot_when_closed(setu
     setup.runtimes.enqueue("a", never, END)
     card = setup.manager.card("org/a")
     loads: list[float] = []
-    deltas: list[Delta] = []
-    async for delta in setup.manager.generate(card, REQUEST, None, loads.append):
-        deltas.append(delta)
-    assert "".join(delta.text for delta in deltas) == "ab"
+    answer = setup.manager.generate(card, REQUEST, None, loads.append)
+    assert "".join([delta.text async for delta in answer]) == "ab"
     assert len(loads) == 1
     async with aclosing(setup.manager.generate(card, REQUEST)) as answer:
         await anext(answer)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ WORKER = textwrap.dedent(
                                  "details": {"needed_bytes": 5}})
         sys.exit(70)
     if mode == "endless":
+        print("loading", file=sys.stderr, flush=True)
         time.sleep(600)
     send(op="ready", caps=dict(context_tokens=9, vocab_size=9, slots=2, max_queue=1, chat=True,
          execution_provider="CPU", weights_bytes=1, kv_bytes_per_token=1))
@@ -97,6 +99,25 @@ async def worker(folder: Path, mode: str = "") -> AsyncIterator[WorkerRuntime]:
         yield runtime
     finally:
         await runtime.unload()
+
+
+async def logged(message: str) -> None:
+    """Wait until the daemon has logged exactly that."""
+    seen = asyncio.Event()
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == message:
+                seen.set()
+
+    logger, watch = logging.getLogger("ohmygpu.worker"), Watch()
+    logger.addHandler(watch)
+    logger.setLevel(logging.INFO)
+    try:
+        await seen.wait()
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(logging.NOTSET)
 
 
 async def text_of(runtime: WorkerRuntime, prompt: str) -> tuple[str, Delta]:
@@ -260,9 +281,10 @@ async def test_a_worker_deaf_to_unload_and_sigterm_is_killed(
 async def test_a_cancelled_load_ends_the_process(tmp_path: Path) -> None:
     async with worker(tmp_path, "endless") as runtime:
         load = asyncio.create_task(runtime.load())
-        while runtime.pid is None:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            await logged("org/m: loading")
         pid = runtime.pid
+        assert pid is not None
         assert (await runtime.health()).state == "loading"
         load.cancel()
         with pytest.raises(asyncio.CancelledError):
