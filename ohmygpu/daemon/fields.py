@@ -87,8 +87,10 @@ def integer(value: Any, param: str, low: int = -(2**63), high: int = 2**64 - 1) 
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise refuse(param, f"must be a whole number, not {kind(value)}")
-    if not low <= value <= high:
-        raise refuse(param, f"must be between {low} and {high}")
+    if value < low:
+        raise refuse(param, f"must be at least {low}")
+    if value > high:
+        raise refuse(param, f"must be at most {high}")
     return value
 
 

@@ -16,10 +16,11 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """The text of one reply, token by token.
 
-    What `push` and `finish` return, concatenated, is the decoded reply up to the first stop string.
-    That is the one whose last character comes first (of two that end together, the longer), so the
-    result does not depend on how the text falls into tokens. The end-of-sequence token, like every
-    special token, has no text. U+FFFD appears only where the tokens' bytes are not UTF-8.
+    What `push` and `finish` return, concatenated, is the decoded reply up to the first stop string;
+    a last character of which the reply has only some bytes is left out. The first stop string is
+    the one whose last character comes first (of two that end together, the longer), so the result
+    does not depend on how the text falls into tokens. The end-of-sequence token, like every special
+    token, has no text. U+FFFD appears only where the tokens' bytes can never be UTF-8.
 
     `prompt_ids` are the tokens before the reply: after them a reply's leading space is text.
     """
@@ -61,7 +62,7 @@ class _Decoder(Protocol):
         ...
 
     def finish(self) -> str:
-        """What is left of an incomplete character."""
+        """Whole characters that were still held back."""
         ...
 
 
@@ -76,7 +77,7 @@ class _ByteDecoder:
         return self._utf8.decode(self._token_bytes(token_id))
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return ""  # it holds back nothing but the beginning of a character
 
 
 class _WindowDecoder:
@@ -108,7 +109,7 @@ class _WindowDecoder:
     def finish(self) -> str:
         text = self._pending()
         self._read = len(self._window)
-        return text
+        return text.rstrip(_REPLACEMENT)
 
     def _pending(self) -> str:
         before = self._tokenizer.decode(self._window[: self._read])

@@ -82,8 +82,10 @@ def test_whole_floats_are_integers_and_booleans_are_not() -> None:
     for value in bad:
         with pytest.raises(InvalidRequest, match="n: must be a whole number"):
             fields.integer(value, "n")
-    with pytest.raises(InvalidRequest, match="between"):
+    with pytest.raises(InvalidRequest, match="n: must be at most"):
         fields.integer(10**400, "n")
+    with pytest.raises(InvalidRequest, match="n: must be at least 1"):
+        fields.integer(0, "n", low=1)
 
 
 def test_numbers_are_finite() -> None:

@@ -85,18 +85,23 @@ def test_a_character_comes_with_its_last_byte(bytes_tokenizer: Tokenizer) -> Non
     assert stream(bytes_tokenizer, ids) == ["a", "", "", "", "🙂", "", "é", ""]
 
 
-def test_bytes_that_are_not_utf8_become_replacement_characters(bytes_tokenizer: Tokenizer) -> None:
-    for data in (
-        b"\x80a",
-        b"\xf0\x9f\x99",
-        b"\xe6\x9d\xe6\x9d\xb1",
-        b"\xff\xfe",
-        b"a\xc3(",
-        b"\xc3",
-    ):
-        ids = bytewise(bytes_tokenizer, data)
-        assert "".join(stream(bytes_tokenizer, ids)) == data.decode("utf-8", "replace")
-        assert "".join(stream(bytes_tokenizer, ids)) == bytes_tokenizer.decode(ids)
+@pytest.mark.parametrize(
+    "data", [b"\x80a", b"\xe6\x9d\xe6\x9d\xb1", b"\xff\xfe", b"a\xc3(", b"\xf0\x9f\x99\x9f\x99 "]
+)
+def test_bytes_that_are_not_utf8_become_replacement_characters(
+    data: bytes, bytes_tokenizer: Tokenizer
+) -> None:
+    ids = bytewise(bytes_tokenizer, data)
+    assert "".join(stream(bytes_tokenizer, ids)) == data.decode("utf-8", "replace")
+    assert "".join(stream(bytes_tokenizer, ids)) == bytes_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_character_that_the_end_cuts_off_is_left_out(kind: str, tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, kind)
+    prompt = tokenizer.encode("x")
+    ids = tokenizer.encode("a½", add_special=False)[:-1]
+    assert "".join(stream(tokenizer, ids, prompt=prompt)).strip() == "a"
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
@@ -135,16 +140,6 @@ def test_the_stop_string_that_ends_first_wins(bytes_tokenizer: Tokenizer) -> Non
 def test_stop_strings_may_be_emoji_or_split_over_tokens(bytes_tokenizer: Tokenizer) -> None:
     ids = bytewise(bytes_tokenizer, "ab🙂cd".encode())
     assert "".join(stream(bytes_tokenizer, ids, ("🙂c",))) == "ab"
-
-
-def test_an_incomplete_character_at_the_end_can_complete_a_stop_string(
-    bytes_tokenizer: Tokenizer,
-) -> None:
-    text = TextStream(bytes_tokenizer, [], ("\ufffd",))
-    for token_id in bytewise(bytes_tokenizer, b"a\xf0\x9f"):
-        text.push(token_id)
-    assert text.finish() == ""
-    assert text.stopped
 
 
 def test_after_a_stop_nothing_comes(bytes_tokenizer: Tokenizer) -> None:
