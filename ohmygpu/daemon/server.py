@@ -116,7 +116,7 @@ async def _serve(
 ) -> None:
     services = build_services(settings, state)
     app = create_app(services)
-    stop = _StopSignals(ignore_hangup=ready_fd is not None)
+    stop = _StopSignals(wake=state.changed.set, ignore_hangup=ready_fd is not None)
     close_server = asyncio.Event()
     trigger: Callable[[], asyncio.Future[bool]] = close_server.wait  # type: ignore[assignment]
     config = _hypercorn_config(sockets)
@@ -176,11 +176,15 @@ async def _end_tasks() -> None:
 
 
 class _StopSignals:
-    """Events set by signals: `requested` by the first, `hurry` by the next one."""
+    """Events set by signals: `requested` by the first, `hurry` by the next one.
 
-    def __init__(self, *, ignore_hangup: bool) -> None:
+    `wake` is called with the latter, for those who wait for something else.
+    """
+
+    def __init__(self, *, wake: Callable[[], None], ignore_hangup: bool) -> None:
         self.requested = asyncio.Event()
         self.hurry = asyncio.Event()
+        self._wake = wake
         loop = asyncio.get_running_loop()
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, self._stop)
@@ -192,6 +196,7 @@ class _StopSignals:
     def _stop(self) -> None:
         if self.requested.is_set():
             self.hurry.set()
+            self._wake()
         self.requested.set()
 
 

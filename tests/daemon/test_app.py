@@ -59,26 +59,23 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
 
 
 async def test_an_unknown_path_is_404_in_the_shape_of_its_family(setup: Setup) -> None:
-    for method in ("GET", "POST", "DELETE", "PUT"):
+    for send in (setup.client.get, setup.client.post, setup.client.delete, setup.client.put):
         for path in ("/v1/embeddings", "/v1/", "/v1/decisions", "/nowhere", "/v1"):
-            response = await setup.client.open(path, method=method)
+            response = await send(path)
             assert response.status_code == 404, path
             error = (await response.get_json())["error"]
             assert set(error) == {"message", "type", "param", "code"}
             assert error["type"] == "not_found_error"
         for path in ("/api/embed", "/api/", "/api/blobs/sha256:0"):
-            response = await setup.client.open(path, method=method)
+            response = await send(path)
             assert response.status_code == 404
             assert isinstance((await response.get_json())["error"], str)
 
 
 async def test_a_wrong_method_is_405_with_allow_and_json(setup: Setup) -> None:
-    for method, path in (
-        ("GET", "/v1/chat/completions"),
-        ("GET", "/api/show"),
-        ("POST", "/health"),
-    ):
-        response = await setup.client.open(path, method=method)
+    get, post = setup.client.get, setup.client.post
+    for send, path in ((get, "/v1/chat/completions"), (get, "/api/show"), (post, "/health")):
+        response = await send(path)
         assert response.status_code == 405
         assert response.headers["Allow"]
         assert response.content_type.startswith("application/json")

@@ -57,7 +57,13 @@ async def test_an_unknown_model_is_404_and_loads_nothing(setup: Setup) -> None:
 
 
 async def test_a_bad_request_is_400_before_the_model_is_loaded(setup: Setup) -> None:
-    for change in ({"temperature": "hot"}, {"messages": []}, {"max_tokens": -1}, {"model": 5}):
+    changes: list[dict[str, object]] = [
+        {"temperature": "hot"},
+        {"messages": []},
+        {"max_tokens": -1},
+        {"model": 5},
+    ]
+    for change in changes:
         response = await setup.client.post("/v1/chat/completions", json=CHAT | change)
         assert response.status_code == 400, change
         assert (await response.get_json())["error"]["param"] == next(iter(change))
