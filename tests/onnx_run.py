@@ -28,8 +28,9 @@ class OnnxRun:
         )
         caches = [node for node in self.session.get_inputs() if node.name.startswith("past_")]
         self.length = length
+        self.dtype = np.float16 if caches[0].type == "tensor(float16)" else np.float32
         self.past = {
-            node.name: np.zeros((rows, node.shape[1], length, node.shape[3]), np.float32)
+            node.name: np.zeros((rows, node.shape[1], length, node.shape[3]), self.dtype)
             for node in caches
         }
         self.extra: dict[str, NDArray[Any]] = {}  # optional inputs to pass in every run
@@ -59,7 +60,7 @@ class OnnxRun:
         for name, cache in self.past.items():
             view = cache[first_row : first_row + rows]
             present = name.replace("past_key_values", "present")
-            place = ("cpu", 0, np.float32, view.shape, view.ctypes.data)
+            place = ("cpu", 0, self.dtype, view.shape, view.ctypes.data)
             binding.bind_input(name, *place)
             binding.bind_output(present, *place)
         binding.bind_output("logits")

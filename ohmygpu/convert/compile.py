@@ -98,7 +98,7 @@ def write_graph(
     config = builder.Config.read(source.config)
     with (
         Graph(output) as graph,
-        closing(Weights(source, graph, recipe, target, progress)) as weights,
+        closing(Weights(source, graph, recipe, target, config.decoder.layers, progress)) as weights,
     ):
         weights.check_names(builder.weights(config), lambda name: builder.ignored(config, name))
         builder.build(config, Emitter(graph, weights, recipe, target, config.decoder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -30,12 +31,37 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Bits of each weight class: 0 = not quantised, None = as the source stores it."""
+    """Bits of each weight class: 0 = not quantised, None = as the source stores it.
+
+    `sensitive_bits` go to what rounding hurts most: the projections to queries, keys and values,
+    and the down projections of the first and last eighth of the layers and of every third between.
+    On SmolLM2 this cuts q4's divergence by 2.5 for 13 % more bytes; all down projections would cut
+    it by 2.8 for 21 %.
+    """
 
     name: str
     body_bits: int | None
-    head_bits: int | None  # token embedding and LM head: more sensitive, and shared when tied
+    sensitive_bits: int | None
+    head_bits: int | None  # token embedding and LM head: sensitive too, and shared when tied
     about: str = field(compare=False)
+
+    def bits(self, name: str, layers: int) -> int | None:
+        """Bits of the body's matrix with this Hugging Face name, in a model of `layers` layers."""
+        if name.endswith(_ATTENTION_INPUTS):
+            return self.sensitive_bits
+        found = _DOWN_PROJECTION.search(name)
+        if found and _is_sensitive_layer(int(found[1]), layers):
+            return self.sensitive_bits
+        return self.body_bits
+
+
+_ATTENTION_INPUTS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv_proj.weight")
+_DOWN_PROJECTION = re.compile(r"\.layers\.(\d+)\..*down_proj\.weight$")
+
+
+def _is_sensitive_layer(layer: int, layers: int) -> bool:
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -47,10 +73,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "f32": Recipe("f32", 0, 0, "weights untouched, float32"),
-        "q8": Recipe("q8", 8, 8, "8 bits, groups of 32: close to lossless"),
-        "q4": Recipe("q4", 4, 8, "4 bits, groups of 32, embedding and LM head 8 bits: smallest"),
-        "exact": Recipe("exact", None, None, "the blocks of a GGUF file, bit for bit"),
+        "f32": Recipe("f32", 0, 0, 0, "weights untouched, float32"),
+        "q8": Recipe("q8", 8, 8, 8, "8 bits, groups of 32: close to lossless"),
+        "q4": Recipe("q4", 4, 8, 8, "4 bits, groups of 32, 8 where it matters most: smallest"),
+        "exact": Recipe("exact", None, None, None, "the blocks of a GGUF file, bit for bit"),
     }
 )
 

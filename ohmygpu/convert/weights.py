@@ -72,12 +72,14 @@ class Weights:
         graph: Graph,
         recipe: Recipe,
         target: Target,
+        layers: int,
         progress: Progress,
     ) -> None:
         self.dtype = np.dtype(target.dtype)
         self._source = source
         self._graph = graph
         self._recipe = recipe
+        self._layers = layers
         self._progress = progress
         self._matrices: dict[tuple[str, ...], Matrix] = {}
         self._elements = sum(info.elements for info in source.tensors.values()) or 1
@@ -125,7 +127,8 @@ class Weights:
 
     def layout(self, name: str, *, head: bool = False) -> Layout:
         """How the recipe stores the matrix `name`."""
-        bits = self._recipe.head_bits if head else self._recipe.body_bits
+        recipe = self._recipe
+        bits = recipe.head_bits if head else recipe.bits(name, self._layers)
         if bits is not None:
             return Layout(bits)
         blocks = self._source.block_layout(name)

@@ -47,25 +47,26 @@ def all_ways(folder: Path, ids: list[int]) -> Float32:
     return np.concatenate(pieces)
 
 
-def rounded(origin: MemorySource, body_bits: int) -> MemorySource:
+def rounded(origin: MemorySource, recipe: recipes.Recipe) -> MemorySource:
     """The float32 weights that a quantised compile of `origin` stands for."""
-    arrays = dict(origin.arrays)
+    arrays, layers = dict(origin.arrays), int(origin.config["num_hidden_layers"])
     for name, array in arrays.items():
         head = name in ("model.embed_tokens.weight", "lm_head.weight")
         whole = array.ndim == 1 or (head and "embed" in name and array.shape[1] % 32)
-        bits = 8 if head else body_bits
+        bits = recipe.head_bits if head else recipe.bits(name, layers)
         if not whole:
+            assert bits
             arrays[name] = dequantize_rows(quantize_rows(array, bits, 32), bits, array.shape[1])
     return MemorySource(origin.config, arrays)
 
 
 @pytest.mark.parametrize("case", ["grouped", "multi_head_tied", "biases", "wide_heads"])
-@pytest.mark.parametrize(("recipe", "bits"), [("q8", 8), ("q4", 4)])
+@pytest.mark.parametrize("recipe", ["q8", "q4"])
 def test_quantised_graphs_compute_with_exactly_the_rounded_weights(
-    case: str, recipe: str, bits: int, tmp_path: Path
+    case: str, recipe: str, tmp_path: Path
 ) -> None:
     found = compile_tiny(source(case), recipe, tmp_path / "quantised")
-    wanted = compile_f32(rounded(source(case), bits), tmp_path / "float")
+    wanted = compile_f32(rounded(source(case), recipes.recipe(recipe)), tmp_path / "float")
     ids = token_ids(case)
     assert_close(all_ways(found, ids), all_ways(wanted, ids))
 
@@ -160,6 +161,15 @@ def test_cuda_graphs_are_half_precision_with_float32_logits(recipe: str, tmp_pat
         onnx.TensorProto.INT64,
     }
     assert floats == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("case", ["grouped", "biases", "odd_heads", "dynamic"])
+def test_half_precision_graphs_agree_with_float32(case: str, tmp_path: Path) -> None:
+    found = compile_tiny(source(case), "q8", tmp_path / "half", recipes.target("cuda"))
+    wanted = compile_tiny(source(case), "q8", tmp_path / "float")
+    ids = token_ids(case)
+    exact = all_ways(wanted, ids)
+    assert np.linalg.norm(all_ways(found, ids) - exact) < 0.01 * np.linalg.norm(exact)
 
 
 def test_a_compile_tells_all_that_serving_needs(smollm2: Compiled) -> None:

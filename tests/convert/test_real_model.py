@@ -16,7 +16,7 @@ Compiled = Callable[..., Path]
 
 # Mean KL divergence (nats per token) from float32 logits of the same source weights, with int8
 # activations (accuracy level 4), on English prose. q4 rounds weights that were 4-bit already.
-KL_BOUNDS = {"exact": 0.01, "q8": 0.015, "q4": 0.45}
+KL_BOUNDS = {"exact": 0.01, "q8": 0.015, "q4": 0.2}
 
 
 def test_smollm2_exact_gives_the_logits_of_its_dequantised_weights(
@@ -36,8 +36,13 @@ def test_int8_activations_stay_within_the_stated_divergence(
 ) -> None:
     found = log_softmax(OnnxRun(smollm2(recipe)).prefill(prose))
     wanted = log_softmax(float_logits)
-    divergence = (np.exp(wanted) * (wanted - found)).sum(axis=-1)
-    assert divergence.mean() < KL_BOUNDS[recipe]
+    assert divergence(found, wanted).mean() < KL_BOUNDS[recipe]
+
+
+def divergence(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL divergence of each row, in nats."""
+    rows: NDArray[np.float64] = (np.exp(wanted) * (wanted - found)).sum(axis=-1)
+    return rows
 
 
 def log_softmax(logits: Float32) -> NDArray[np.float64]:
@@ -65,10 +70,11 @@ def test_q8_gives_a_row_the_same_bits_alone_and_in_any_company(
             np.testing.assert_array_equal(logits[row], alone[row][step])
 
 
-def test_q8_gives_a_prompt_the_same_bits_however_it_is_cut(
+def test_q8_gives_a_prompt_the_same_logits_however_it_is_cut(
     smollm2: Compiled, prose: list[int]
 ) -> None:
     run = OnnxRun(smollm2("q8"))
-    whole = run.prefill(prose[:100])
-    for chunks in ([64], [2, 30, 17], [50]):
-        np.testing.assert_array_equal(run.prefill(prose[:100], chunks=chunks), whole)
+    whole = log_softmax(run.prefill(prose[:100]))
+    for chunks in ([64], [2, 30, 17], [50, 49]):  # the last leaves one token, as decode does
+        cut = log_softmax(run.prefill(prose[:100], chunks=chunks))
+        assert divergence(cut, whole).mean() < 1e-3
