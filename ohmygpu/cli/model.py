@@ -139,7 +139,9 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("license", entry.license))
     source_bytes = sum(artifact.size for artifact in record.artifacts)
     rows.append(("compiled size", human_bytes(record.compiled_bytes)))
-    rows.append(("source size", f"{human_bytes(source_bytes)} in {len(record.artifacts)} files"))
+    count = len(record.artifacts)
+    files = "1 file" if count == 1 else f"{count} files"
+    rows.append(("source size", f"{human_bytes(source_bytes)} in {files}"))
     rows.append(("installed", f"{record.installed_at} ({human_age(record.installed_at)})"))
     if entry.location:
         rows.append(("location", entry.location))

@@ -15,6 +15,7 @@ from .output import human_bytes, human_duration, is_terminal, note
 
 LABELS = {"download": "downloading", "verify": "verifying", "compile": "compiling"}
 _LINE_STEP = 10  # percent between two plain lines of one phase
+_LEAST_PERCENT = 5  # moved before a speed means anything: a phase may take a while to begin
 
 
 class Display(Protocol):
@@ -159,7 +160,7 @@ class LineDisplay:
     def _speed(self, event: Event) -> str:
         elapsed_s = time.monotonic() - self._started_s
         moved = event.done_bytes - self._started_bytes
-        if moved <= 0 or elapsed_s < 1:
+        if elapsed_s < 1 or 100 * moved < _LEAST_PERCENT * event.total_bytes:
             return ""
         left_s = (event.total_bytes - event.done_bytes) * elapsed_s / moved
         rate = f", {human_bytes(moved / elapsed_s)}/s"

@@ -59,7 +59,7 @@ class InstalledModel(BaseModel):
 class ModelList(BaseModel):
     """What the tool list_models returns."""
 
-    models: list[InstalledModel] = Field(description="Installed models, by name.")
+    models: list[InstalledModel] = Field(description="Installed models, newest first.")
 
 
 class LoadedState(BaseModel):
@@ -186,8 +186,9 @@ class Tools:
             async with AsyncClient(address) as client:
                 yield client, health
         except OhMyGPUError as error:
-            names = [str(name) for name in error.details.get("suggestions") or ()]
-            hint = f" (near names: {', '.join(names)})" if names else ""
+            near = [str(name) for name in error.details.get("suggestions") or ()]
+            known = any(name in error.message for name in near)
+            hint = f"; near names: {', '.join(near)}" if near and not known else ""
             raise ToolError(error.message + hint) from error
 
 
