@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_MAX_STALL_S = 0.25  # what a step's prompt chunks may add to the time between two tokens
+_MIN_CHUNK_TOKENS = 64  # smaller chunks cost too much each
 _MIN_RETRY_S = 1.0
 _MAX_RETRY_S = 600.0
 
@@ -101,6 +103,7 @@ class Engine:
         self._generations: dict[int, _Generation] = {}
         self._ended_at_once: list[tuple[int, Delta]] = []
         self._step_s = 0.0  # smoothed duration of a step
+        self._prefill_rate = 0.0  # smoothed prompt tokens per second
 
     @property
     def has_work(self) -> bool:
@@ -175,7 +178,7 @@ class Engine:
         started_s = self._clock()
         output = StepOutput(deltas=self._ended_at_once)
         self._ended_at_once = []
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self._prefill_budget())
         if plan:
             if self._forward(plan, started_s, output):
                 self._commit(plan, output)
@@ -184,6 +187,12 @@ class Engine:
         return output
 
     # forward
+
+    def _prefill_budget(self) -> int | None:
+        """Prompt tokens of the next step: as many as run in _MAX_STALL_S while others decode."""
+        if not self.scheduler.decoding or not self._prefill_rate:
+            return None
+        return max(_MIN_CHUNK_TOKENS, int(self._prefill_rate * _MAX_STALL_S))
 
     def _forward(self, plan: StepPlan, started_s: float, output: StepOutput) -> bool:
         """Run the plan; False when the model failed and all its requests were told so."""
@@ -219,7 +228,11 @@ class Engine:
         if cache.extent[sequence.slot] > sequence.prompt_tokens:
             cache.release(sequence.slot, sequence.prompt_tokens)  # a longer predecessor's rest
         tokens = sequence.tokens[chunk.start : chunk.stop]
+        started_s = self._clock()
         self.model.prefill(sequence.slot, tokens, chunk.start, row if chunk.is_last else None)
+        if len(tokens) >= _MIN_CHUNK_TOKENS:
+            rate = len(tokens) / max(self._clock() - started_s, 1e-6)
+            self._prefill_rate += (rate - self._prefill_rate) * (0.3 if self._prefill_rate else 1.0)
 
     # commit
 

@@ -129,16 +129,20 @@ class Scheduler:
         self.check_capacity()
         self._waiting.append(sequence)
 
-    def schedule(self) -> StepPlan:
-        """Plan one step; the plan counts as computed from here on (see `discard`)."""
+    def schedule(self, prefill_tokens: int | None = None) -> StepPlan:
+        """Plan one step; the plan counts as computed from here on (see `discard`).
+
+        `prefill_tokens` lowers the budget of this step.
+        """
         self._step += 1
+        budget = min(self.prefill_tokens, prefill_tokens or self.prefill_tokens)
         decodes = tuple(self._decoding)
         for sequence in decodes:
             sequence.computed += 1
             self._used_at[sequence.slot] = self._step
         while self._waiting and self.free_slots:
             self._admit(self._waiting.popleft())
-        return StepPlan(decodes, self._plan_prefills())
+        return StepPlan(decodes, self._plan_prefills(budget))
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Add a sampled token to a running sequence."""
@@ -232,15 +236,15 @@ class Scheduler:
 
     # prefill
 
-    def _plan_prefills(self) -> tuple[PrefillChunk, ...]:
-        budget = self.prefill_tokens
+    def _plan_prefills(self, budget: int) -> tuple[PrefillChunk, ...]:
+        sliver = budget // 2
         chunks: list[PrefillChunk] = []
         for _ in range(len(self._prefilling)):
             sequence = self._prefilling[0]
             copy = self._find_copy(sequence)
             start = sequence.computed if copy is None else copy.stop
             stop = min(sequence.prompt_tokens, start + budget)
-            if stop < sequence.prompt_tokens and chunks and budget < self.prefill_tokens // 2:
+            if stop < sequence.prompt_tokens and chunks and budget < sliver:
                 break  # a sliver of a long prompt is dear: it starts the next step instead
             if stop == sequence.prompt_tokens - 1 and stop - start > _MIN_CHUNK_TOKENS:
                 stop -= 1

@@ -119,6 +119,28 @@ def test_the_prefill_budget_does_not_change_the_answer(
     assert len(answers) == 1
 
 
+def test_prompt_chunks_shrink_while_others_decode_on_a_slow_machine(folder: Path) -> None:
+    spec = RunSpec(model="tiny", folder=str(folder), prefill_tokens=100, threads=1)
+    engine = load_model(spec).engine
+    now = [0.0]
+    engine._clock = lambda: now[0]
+    sizes: list[int] = []
+    prefill = engine.model.prefill
+
+    def slow(slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
+        sizes.append(len(tokens))
+        now[0] += len(tokens) / 300  # 300 tokens a second: 75 in a quarter of a second
+        prefill(slot, tokens, past, logits_row)
+
+    engine.model.prefill = slow  # type: ignore[method-assign]
+    engine.submit(1, prompt("x" * 90), request(max_tokens=30))
+    replies = Replies()
+    replies.take(engine.step())
+    engine.submit(2, prompt("y" * 120), request(max_tokens=2))
+    drain(engine, replies)
+    assert sizes == [90, 75, 45]
+
+
 def test_a_repeated_prompt_is_reused_and_says_the_same(
     new_engine: Callable[..., Engine],
 ) -> None:

@@ -106,6 +106,13 @@ def test_decodes_run_in_every_step_while_a_long_prompt_is_prefilled() -> None:
         commit(target, plan)
 
 
+def test_a_step_may_be_given_a_smaller_budget_but_no_larger_one() -> None:
+    target = scheduler(prefill_tokens=8)
+    target.submit(sequence(40))
+    sizes = [target.schedule(budget).prefills[0].stop for budget in (5, None, 100)]
+    assert sizes == [5, 13, 21]
+
+
 def test_short_prompts_share_the_budget_of_one_step() -> None:
     target = scheduler(slots=4, prefill_tokens=8)
     for name in range(4):
