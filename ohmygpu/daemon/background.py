@@ -51,6 +51,7 @@ def daemonize(settings: Settings) -> tuple[int, str]:
     finally:
         os.close(reading)
     if not line:
+        process.wait()
         raise DaemonError(f"the daemon ended while it was starting; {log} says why")
     said = json.loads(line)
     if "error" in said:

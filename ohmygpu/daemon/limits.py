@@ -127,7 +127,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: HttpRefusal
                     break
     except TimeoutError:
         pass
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

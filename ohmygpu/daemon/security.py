@@ -195,7 +195,7 @@ async def _preflight(scope: Scope, send: Send, headers: Headers) -> None:
             headers.append(("access-control-allow-private-network", "true"))
     headers = [*headers, ("allow", _ALLOWED_METHODS)]
     await send({"type": "http.response.start", "status": 204, "headers": _encoded(headers)})
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _encoded(headers: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import signal
@@ -104,11 +105,8 @@ class WorkerRuntime:
 
     async def unload(self) -> None:
         """End running requests with FinishReason.ABORT and the process with them; idempotent."""
-        self._unloading = True
-        try:
-            await self._stop()
-        finally:
-            self._unloading = False
+        self._unloading = True  # until the next start
+        await self._stop()
 
     async def health(self) -> RuntimeStatus:
         """The worker's own snapshot, or the last known one when it does not answer in a second."""
@@ -179,13 +177,15 @@ class WorkerRuntime:
             theirs.close()
         self._process, self._writer = process, writer
         self._state_detail = ""
+        self._unloading = False
         self._ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(_retrieve)
         _logger.info("%s: worker %d started", self.spec.model, process.pid)
+        nobody = contextvars.Context()  # what they log later is not about the request that loads
         self._tasks = [
-            asyncio.create_task(self._read_frames(reader, process)),
-            asyncio.create_task(self._copy_log(process)),
+            asyncio.create_task(self._read_frames(reader, process), context=nobody),
+            asyncio.create_task(self._copy_log(process), context=nobody),
         ]
 
     async def _stop(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from h2.connection import H2Connection
 
 from ohmygpu.core.errors import ContextLengthExceeded, OhMyGPUError, RuntimeFailure
 from ohmygpu.daemon.streams import collect, frames, ndjson, sse
@@ -244,3 +245,41 @@ def test_frames_on_the_wire_are_exact() -> None:
     assert ndjson([{"a": "x\ny"}]) == b'{"a":"x\\ny"}\n'
     assert sse([]) == b""
     assert ndjson([{"a": "\ud800"}]) == b'{"a":"?"}\n'
+
+
+async def test_over_http2_a_reset_stream_frees_its_slot_and_the_connection_lives_on(
+    setup: Setup,
+) -> None:
+    setup.runtimes.enqueue("Hel", asyncio.Event(), END)
+    setup.runtimes.enqueue("again", END)
+    async with listening(setup.services) as port:
+        raw = await RawClient.connect(port)
+        http2 = H2Connection()
+        http2.initiate_connection()
+        body = json.dumps(OPENAI[1] | {"stream": True}).encode()
+
+        async def ask() -> int:
+            stream = http2.get_next_available_stream_id()
+            head = {":method": "POST", ":path": OPENAI[0], ":scheme": "http"}
+            fields = head | {":authority": "localhost", "content-length": str(len(body))}
+            http2.send_headers(stream, list(fields.items()))
+            http2.send_data(stream, body, end_stream=True)
+            raw.writer.write(http2.data_to_send())
+            return int(stream)
+
+        async def until_data(stream: int, text: bytes) -> None:
+            received = b""
+            async with asyncio.timeout(10):
+                while text not in received:
+                    for event in http2.receive_data(await raw.reader.read(65536)):
+                        if getattr(event, "stream_id", None) == stream:
+                            received += getattr(event, "data", None) or b""
+                    raw.writer.write(http2.data_to_send())
+
+        stream = await ask()
+        await until_data(stream, b"Hel")
+        http2.reset_stream(stream)
+        raw.writer.write(http2.data_to_send())
+        await until(lambda: setup.runtimes.running == 0)
+        await until_data(await ask(), b"[DONE]")
+        await raw.close()
