@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 _MAX_STALL_S = 0.25  # what a step's prompt chunks may add to the time between two tokens
 _MIN_CHUNK_TOKENS = 64  # smaller chunks cost too much each
+_MEMORY_CHECK_STEPS = 64
 _MIN_RETRY_S = 1.0
 _MAX_RETRY_S = 600.0
 
@@ -79,7 +80,8 @@ class _Generation:
 class Engine:
     """Runs many sequences through one model.
 
-    `new_text` makes the text stream of a sequence; `clock` counts seconds.
+    `new_text` makes the text stream of a sequence; `memory_is_short` is asked now and then: while
+    it says so, slots nobody runs in give their memory back; `clock` counts seconds.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Engine:
         *,
         context_tokens: int,
         eos_token_ids: Tokens[int],
+        memory_is_short: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.model = model
@@ -99,6 +102,7 @@ class Engine:
         self.steps = 0
         self.retry_after_s = _MIN_RETRY_S  # what a refused request should wait, as of this step
         self._new_text = new_text
+        self._memory_is_short = memory_is_short
         self._clock = clock
         self._generations: dict[int, _Generation] = {}
         self._ended_at_once: list[tuple[int, Delta]] = []
@@ -183,6 +187,8 @@ class Engine:
             if self._forward(plan, started_s, output):
                 self._commit(plan, output)
             self.steps += 1
+            if self.steps % _MEMORY_CHECK_STEPS == 0 and self._memory_is_short():
+                self._release_free_slots()
             self._time_step(self._clock() - started_s)
         return output
 
@@ -328,6 +334,11 @@ class Engine:
             prefill_s=first_s - started_s,
             decode_s=now_s - first_s,
         )
+
+    def _release_free_slots(self) -> None:
+        """Give back the memory of slots kept only for prompts that may start alike."""
+        for slot in self.scheduler.forget():
+            self.model.cache.release(slot, 0)
 
     def _time_step(self, seconds: float) -> None:
         self._step_s += (seconds - self._step_s) * (0.1 if self._step_s else 1.0)

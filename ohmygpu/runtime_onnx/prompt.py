@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ohmygpu.core.errors import InvalidRequest
+from ohmygpu.core.errors import ContextLengthExceeded, InvalidRequest
 from ohmygpu.runtime_api import GenerateRequest, Message
 
 from .sequence import check_fits
@@ -42,37 +42,44 @@ def prepare_prompt(request: GenerateRequest, encoder: Encoder, context_tokens: i
     """
     if request.messages is None:
         token_ids = encoder.encode_prompt(request.prompt or "", request.context_tokens)
+    elif request.truncate:
+        return _truncated(request, request.messages, encoder, context_tokens)
     else:
         token_ids = encoder.encode_chat(request.messages, request.context_tokens)
-        if request.truncate and len(token_ids) >= context_tokens:
-            return _truncated(request, encoder, context_tokens)
     if not token_ids:
         raise InvalidRequest("the prompt is empty; send at least one character", param="prompt")
     check_fits(len(token_ids), context_tokens)
     return Prompt(token_ids)
 
 
-def _truncated(request: GenerateRequest, encoder: Encoder, context_tokens: int) -> Prompt:
+def _truncated(
+    request: GenerateRequest, messages: Sequence[Message], encoder: Encoder, context_tokens: int
+) -> Prompt:
     """Drop as few oldest messages as make the prompt fit; system messages and the last one stay.
 
     A prompt only gets shorter by dropping, so the count is found by bisection.
     """
-    messages = request.messages or ()
     removable = [index for index, message in enumerate(messages[:-1]) if message.role != "system"]
 
     def encode(dropped: int) -> list[int]:
+        """The prompt without the first `dropped`; ContextLengthExceeded while too long."""
         gone = set(removable[:dropped])
         kept = [message for index, message in enumerate(messages) if index not in gone]
-        return encoder.encode_chat(kept, request.context_tokens)
+        token_ids = encoder.encode_chat(kept, request.context_tokens)
+        check_fits(len(token_ids), context_tokens)
+        return token_ids
 
+    try:
+        return Prompt(encode(0))
+    except ContextLengthExceeded:
+        pass
     low, high = 0, len(removable)  # dropping `low` is too few; `high` is the most there is
     best = encode(high)
-    check_fits(len(best), context_tokens)
     while high - low > 1:
         middle = (low + high) // 2
-        token_ids = encode(middle)
-        if len(token_ids) < context_tokens:
-            high, best = middle, token_ids
-        else:
+        try:
+            best = encode(middle)
+            high = middle
+        except ContextLengthExceeded:
             low = middle
     return Prompt(best, high)

@@ -37,6 +37,7 @@ DEFAULT_CONTEXT_TOKENS = 32768
 _PACKED_WEIGHTS = 1.25  # ONNX Runtime repacks weights for the CPU; measured 1.2 times the file
 _WORKING_BYTES = 128 << 20  # interpreter, libraries, activations of one prompt chunk
 _MIN_KV_TOKENS = 512  # one short conversation must fit
+_SHORT_MEMORY_BYTES = 512 << 20
 _USABLE_GPU_MEMORY = 0.85  # the rest is for the driver, cuBLAS and activations
 
 
@@ -80,6 +81,7 @@ def load_model(spec: RunSpec) -> LoadedModel:
         lambda prompt_ids, stop: TextStream(tokenizer, prompt_ids, stop),
         context_tokens=context_tokens,
         eos_token_ids=tokenizer.eos_token_ids,
+        memory_is_short=_memory_is_short,
     )
     caps = RuntimeCaps(
         context_tokens=context_tokens,
@@ -130,6 +132,10 @@ def check_memory(compiled: CompiledModel, context_tokens: int, free_bytes: int) 
             needed_bytes=needed,
             free_bytes=free_bytes,
         )
+
+
+def _memory_is_short() -> bool:
+    return 0 < hardware.memory_available_bytes() < _SHORT_MEMORY_BYTES
 
 
 class OnnxRuntime:

@@ -166,11 +166,13 @@ class Scheduler:
         owner = self._owner[slot]
         return len(self._kept[slot]) if owner is None else owner.computed
 
-    def forget(self) -> None:
-        """Drop what all free slots keep, so that their memory can be freed."""
-        for slot, owner in enumerate(self._owner):
-            if owner is None:
-                self._kept[slot] = []
+    def forget(self) -> list[int]:
+        """Drop what free slots keep; returns the slots that kept something."""
+        slots = [slot for slot, kept in enumerate(self._kept) if kept]
+        for slot in slots:
+            self._kept[slot] = []
+            self._kept_pure[slot] = 0
+        return slots
 
     def steps_until_free(self) -> int:
         """Estimated steps until a running sequence ends: what a refused request should wait.

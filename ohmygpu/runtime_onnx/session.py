@@ -117,11 +117,11 @@ def _open_cuda(folder: Path) -> Any:
         )
     onnxruntime.preload_dlls()
     options = _options(onnxruntime)
-    # ONNX Runtime would otherwise run unsupported nodes on the CPU without a word.
+    # Weights outside the arena: it would round their size up and keep the rest.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     provider = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
     session = _create(onnxruntime, folder, options, [provider, "CPUExecutionProvider"])
-    if "CUDAExecutionProvider" not in session.get_providers():
+    if "CUDAExecutionProvider" not in session.get_providers():  # it falls back without a word
         raise RuntimeFailure(
             "CUDA cannot be started; check that the NVIDIA driver is version 580 or newer "
             "(`nvidia-smi`) and that the GPU has compute capability 7.5 or higher"

@@ -452,6 +452,35 @@ def test_an_empty_prompt_is_refused() -> None:
         prepare_prompt(request(), CountingEncoder(), 25)
 
 
+def test_messages_the_tokenizer_refuses_unread_can_still_be_dropped() -> None:
+    class Refusing(CountingEncoder):
+        def encode_chat(
+            self, messages: Sequence[Message], context_tokens: Sequence[int] = ()
+        ) -> list[int]:
+            if len(messages) > 3:
+                raise ContextLengthExceeded("too long to be tokenised at all")
+            return super().encode_chat(messages, context_tokens)
+
+    talk = conversation(*(["user", "assistant"] * 8), "user")
+    assert prepare_prompt(talk, Refusing(), 1000).dropped_messages == 14
+
+
+def test_short_memory_frees_what_idle_slots_keep(
+    new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(slots=2)
+    text = "a conversation worth keeping"
+    answer(engine, text)
+    engine._memory_is_short = lambda: engine.scheduler.running > 0
+    engine.submit(2, prompt("z" * 30), request(max_tokens=80))
+    drain(engine)
+    assert engine.steps > 64
+    assert engine.model.cache.extent[0] == 0
+    _, last = answer(engine, text)
+    assert last.usage is not None
+    assert last.usage.cached_tokens == 0
+
+
 def test_the_scheduler_and_the_engine_agree_on_what_runs(
     new_engine: Callable[..., Engine],
 ) -> None:
