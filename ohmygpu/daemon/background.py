@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ohmygpu.core.errors import DaemonError, OhMyGPUError
+from ohmygpu.core.errors import ConfigError, DaemonError, OhMyGPUError
 from ohmygpu.core.settings import Settings, describe, load_settings
 
 START_TIMEOUT_S = 60.0
@@ -28,11 +28,15 @@ def daemonize(settings: Settings) -> tuple[int, str]:
     Raises what stops it from starting (DaemonAlreadyRunning, PortInUse, ConfigError), or
     DaemonError when it ends without a word.
     """
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = settings.home / "daemon.log"
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stderr = log.open("ab")
+    except OSError as error:
+        raise unusable_home(settings, error) from error
     reading, writing = os.pipe()
     try:
-        with log.open("ab") as stderr:
+        with stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ohmygpu.daemon", "--ready-fd", str(writing)],
                 stdin=subprocess.DEVNULL,
@@ -58,6 +62,16 @@ def daemonize(settings: Settings) -> tuple[int, str]:
         process.wait()
         raise OhMyGPUError.from_dict(said["error"])
     return int(said["pid"]), str(said["url"])
+
+
+def unusable_home(settings: Settings, error: OSError) -> ConfigError:
+    """The error for a home folder that cannot be written to."""
+    return ConfigError(
+        f"the home folder {settings.home} cannot be used ({error.strerror or error}); "
+        "make it writable, or set OHMYGPU_HOME to another folder",
+        key="home",
+        value=str(settings.home),
+    )
 
 
 def report(ready_fd: int, message: Mapping[str, Any]) -> None:

@@ -42,7 +42,8 @@ def listen_tcp(settings: ServerSettings) -> socket.socket:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise _bad_host(host, error) from None
-    family, kind, protocol, _, address = info[0]
+    # "localhost" has two addresses; clients that try one only try the older.
+    family, kind, protocol, _, address = min(info, key=lambda entry: entry[0] != socket.AF_INET)
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections in TIME_WAIT

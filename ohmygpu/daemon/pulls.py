@@ -11,11 +11,12 @@ from typing import Protocol
 from ohmygpu.core.errors import Cancelled, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
 from ohmygpu.core.records import InstallRecord
+from ohmygpu.core.refs import ModelRef
 
 _logger = logging.getLogger("ohmygpu.pull")
 _INTERNAL = "the pull failed inside the daemon; daemon.log says why"
 
-PullKey = tuple[str, str | None, str | None]  # reference, name, recipe
+PullKey = tuple[str, str | None, str | None]  # canonical reference, name, recipe
 
 
 class PullFunction(Protocol):
@@ -56,7 +57,10 @@ class _Watcher:
 
 
 class _Job:
-    def __init__(self) -> None:
+    def __init__(self, reference: str, name: str | None, recipe: str | None) -> None:
+        self.reference = reference
+        self.name = name
+        self.recipe = recipe
         self.cancel = threading.Event()
         self.watchers: set[_Watcher] = set()
         self.latest: dict[str, Event] = {}  # phase → its newest event, for watchers who join late
@@ -85,12 +89,15 @@ class Pulls:
     async def watch(
         self, reference: str, *, name: str | None = None, recipe: str | None = None
     ) -> AsyncGenerator[Event, None]:
-        """Events of the pull until its `done` or `error`; closing it may cancel the pull."""
-        key = (reference, name, recipe)
+        """Events of the pull until its `done` or `error`; closing it may cancel the pull.
+
+        Raises InvalidName, at the first event, when `reference` is none.
+        """
+        key = (_canonical(reference), name, recipe)
         while (job := self._jobs.get(key)) is not None and job.cancel.is_set():
             await job.finished.wait()  # the last watcher just left: let it wind down, start afresh
         if job is None:
-            job = self._start(key)
+            job = self._start(key, _Job(reference, name, recipe))
         watcher = _Watcher()
         for event in job.latest.values():
             watcher.put(event)
@@ -113,8 +120,8 @@ class Pulls:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
-    def _start(self, key: PullKey) -> _Job:
-        job = self._jobs[key] = _Job()
+    def _start(self, key: PullKey, job: _Job) -> _Job:
+        self._jobs[key] = job
         task = asyncio.create_task(self._run(key, job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -123,19 +130,19 @@ class Pulls:
     async def _run(self, key: PullKey, job: _Job) -> None:
         last = Event("error", error=OhMyGPUError(_INTERNAL))
         try:
-            record, last = await self._on_thread(key, job)
+            record, last = await self._on_thread(job)
             await self._on_installed(record)
         except OhMyGPUError as error:
             last = Event("error", message=error.message, error=error)
         except Exception:
-            _logger.exception("pull of %s failed", key[0])
+            _logger.exception("pull of %s failed", job.reference)
             last = Event("error", message=_INTERNAL, error=OhMyGPUError(_INTERNAL))
         finally:
             del self._jobs[key]
             job.publish(last)
             job.finished.set()
 
-    async def _on_thread(self, key: PullKey, job: _Job) -> tuple[InstallRecord, Event]:
+    async def _on_thread(self, job: _Job) -> tuple[InstallRecord, Event]:
         """Run the pull; its record and `done` event, which is held back for the caller."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[InstallRecord] = loop.create_future()
@@ -162,10 +169,13 @@ class Pulls:
                 outcome.set_exception(error or Cancelled("the pull was cancelled"))
 
         def work() -> None:
-            reference, name, recipe = key
             try:
                 record = self._pull(
-                    reference, name=name, recipe=recipe, sink=sink, cancel=job.cancel
+                    job.reference,
+                    name=job.name,
+                    recipe=job.recipe,
+                    sink=sink,
+                    cancel=job.cancel,
                 )
             except BaseException as error:  # noqa: BLE001 (handed to the loop, raised there)
                 post(settle, None, error)
@@ -173,6 +183,12 @@ class Pulls:
                 post(settle, record, None)
 
         # A daemon thread: an executor's would hold up the exit until a stuck transfer times out.
-        threading.Thread(target=work, name=f"pull {key[0]}", daemon=True).start()
+        threading.Thread(target=work, name=f"pull {job.reference}", daemon=True).start()
         record = await outcome
         return record, done[0] if done else Event("done", name=record.full_name)
+
+
+def _canonical(reference: str) -> str:
+    """The same text for every way to write the same reference."""
+    parsed = ModelRef.parse(reference)
+    return parsed.display if parsed.provider == "file" else parsed.display.lower()

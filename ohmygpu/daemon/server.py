@@ -12,10 +12,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -26,12 +26,13 @@ from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import Settings
 
 from .app import create_app
-from .background import daemonize, report
+from .background import daemonize, report, unusable_home
 from .listen import BACKLOG, listen_tcp, listen_unix, url_of
 from .log import set_up_logging
 from .manager import ModelManager
 from .pidfile import PidFile
 from .pulls import Pulls
+from .security import is_loopback
 from .services import DaemonState, Services
 from .worker import WorkerRuntime
 
@@ -41,6 +42,7 @@ PID_FILE = "daemon.pid"
 SOCKET_FILE = "daemon.sock"
 LOG_FILE = "daemon.log"
 KEEP_ALIVE_S = 30.0  # idle connections; longer than HTTP clients keep theirs, so that they close
+MAX_OPEN_FILES = 16384
 PULL_END_S = 2.0  # for pulls to note how far they came
 GOODBYE_S = 1.0  # for streams to write their last event, and for connections to close
 
@@ -62,13 +64,11 @@ def run_daemon(settings: Settings, ready_fd: int | None = None) -> None:
 
 
 def _claim_and_serve(settings: Settings, ready_fd: int | None) -> None:
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     pid_file = PidFile(settings.home / PID_FILE)
-    pid_file.acquire()
     socket_path = settings.home / SOCKET_FILE
     unix: socket.socket | None = None
     try:
-        set_up_logging(settings.home / LOG_FILE, to_stderr=ready_fd is None)
+        _claim(settings, pid_file, to_stderr=ready_fd is None)
         tcp = listen_tcp(settings.server)
         try:
             unix = listen_unix(socket_path)
@@ -86,6 +86,22 @@ def _claim_and_serve(settings: Settings, ready_fd: int | None) -> None:
             socket_path.unlink(missing_ok=True)
         pid_file.release()
         _logger.info("stopped")
+
+
+def _claim(settings: Settings, pid_file: PidFile, *, to_stderr: bool) -> None:
+    """Make the home folder ours and start its log."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pid_file.acquire()
+        set_up_logging(settings.home / LOG_FILE, to_stderr=to_stderr)
+    except OSError as error:
+        raise unusable_home(settings, error) from error
+    if not is_loopback(settings.server.host):
+        _logger.warning("anybody who reaches %s can use this server", settings.server.host)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:  # every connection takes one
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def build_services(settings: Settings, state: DaemonState) -> Services:
@@ -210,8 +226,3 @@ def _hypercorn_config(sockets: list[socket.socket]) -> Config:
     config.accesslog = None  # the application logs requests, with their ids
     config.errorlog = logging.getLogger("ohmygpu.http.server")
     return config
-
-
-def log_path(settings: Settings) -> Path:
-    """Where the daemon of these settings logs."""
-    return settings.home / LOG_FILE

@@ -92,7 +92,7 @@ async def test_progress_that_nobody_took_is_replaced_by_the_newest(setup: Setup)
 
 
 async def test_two_watchers_share_one_pull_and_one_may_leave(setup: Setup) -> None:
-    first, second = setup.pulls.watch("org/m"), setup.pulls.watch("org/m")
+    first, second = setup.pulls.watch("org/m"), setup.pulls.watch("hf.co/ORG/m")
     await until(first, "download")
     await until(second, "download")
     await first.aclose()

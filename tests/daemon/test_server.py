@@ -23,7 +23,7 @@ from ohmygpu.core.settings import ServerSettings, Settings, load_settings
 from ohmygpu.daemon import background
 from ohmygpu.daemon.background import child_environment
 from ohmygpu.daemon.pidfile import read_pid
-from ohmygpu.daemon.server import daemonize
+from ohmygpu.daemon.server import daemonize, run_daemon
 from tests.daemon.fakes import RawClient, install_model, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +239,15 @@ def test_a_taken_port_and_a_public_address_are_reported_to_who_started_it(tmp_pa
     with pytest.raises(ConfigError, match="access control"):
         daemonize(load_settings({"home": str(tmp_path / "a"), "server.host": "0.0.0.0"}))
     assert not (tmp_path / "a" / "daemon.pid").exists()
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    settings = settings_of(tmp_path / "file" / "home")
+    with pytest.raises(ConfigError, match="OHMYGPU_HOME"):
+        daemonize(settings)
+    with pytest.raises(ConfigError, match="OHMYGPU_HOME"):
+        run_daemon(settings)
 
 
 def test_a_daemon_that_ends_without_a_word_is_an_error(
