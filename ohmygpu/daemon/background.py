@@ -38,7 +38,7 @@ def daemonize(settings: Settings) -> tuple[int, str]:
     try:
         with stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ohmygpu.daemon", "--ready-fd", str(writing)],
+                [sys.executable, "-P", "-m", "ohmygpu.daemon", "--ready-fd", str(writing)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

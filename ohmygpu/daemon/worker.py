@@ -54,7 +54,10 @@ class WorkerRuntime:
 
     def __init__(self, spec: RunSpec, command: Sequence[str] | None = None) -> None:
         self.spec = spec
-        self._command = tuple(command or (sys.executable, "-m", "ohmygpu.runtime_onnx.worker"))
+        # -P: a folder named ohmygpu where the daemon was started must not be run instead.
+        self._command = tuple(
+            command or (sys.executable, "-P", "-m", "ohmygpu.runtime_onnx.worker")
+        )
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -59,7 +59,10 @@ async def test_a_body_in_pieces_reaches_the_application_whole() -> None:
     assert await call([b"x" * 1000]) == (200, b"x" * 1000)
 
 
-async def test_a_declared_length_beyond_the_limit_is_refused_unread() -> None:
+async def test_a_declared_length_beyond_the_limit_is_refused_unread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "LINGER_S", 0.01)
     assert await call([None], headers={"content-length": "1001"}) == (413, None)
 
 
