@@ -112,6 +112,13 @@ def collect_garbage(settings: Settings, sources: bool = False) -> GcReport:
     return Repository(settings.home).gc(sources)
 
 
+def supported_model_types() -> list[str]:
+    """The `model_type`s that can be compiled, sorted."""
+    from .convert import family
+
+    return family.supported_model_types()
+
+
 def _pull(
     reference: str,
     settings: Settings,
@@ -174,8 +181,11 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         asked = resolved.variant
     if asked is None and settings.models.recipe != "auto":
         asked = settings.models.recipe
-    chosen = recipes.recipe(asked or recipes.default_recipe(source_format))
-    recipes.check(chosen, recipes.target(target), source_format)
+    processor = recipes.target(target)
+    chosen = recipes.recipe(
+        asked or recipes.default_recipe(source_format, processor, _float_bytes(resolved))
+    )
+    recipes.check(chosen, processor, source_format)
     variant = chosen.name
     if source_format == "gguf" and resolved.variant:
         suffix = "" if chosen.name == "exact" else f"-{chosen.name}"
@@ -195,6 +205,18 @@ def compiled_estimate_bytes(plan: Plan) -> int:
     """About how large the compiled model is going to be."""
     weights = sum(file.size for file in plan.resolved.files if file.format in _WEIGHTS)
     return int(weights * _GROWTH.get((plan.resolved.source_format, plan.recipe), 2.0))
+
+
+def _float_bytes(resolved: Resolved) -> int:
+    """About what the weights take in float32, judged by the size and precision of their files."""
+    size = sum(file.size for file in resolved.files if file.format in _WEIGHTS)
+    if resolved.source_format == "safetensors":
+        config = resolved.config or {}
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        return size if dtype == "float32" else 2 * size
+    digits = "".join(filter(str.isdigit, (resolved.variant or "").partition("_")[0]))
+    bits = int(digits or 4) + 0.5  # the label's bits, and half a bit of scales per weight
+    return int(size * 32 / bits)
 
 
 def _install(

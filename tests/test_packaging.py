@@ -8,21 +8,17 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
 
-def project() -> dict[str, dict[str, object]]:
-    data: dict[str, dict[str, object]] = tomllib.loads(
-        (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    )
-    return data
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_the_package_list_names_every_folder_with_python_files() -> None:
-    tools = project()["tool"]
-    assert isinstance(tools, dict)
-    listed = set(tools["setuptools"]["packages"])
+    listed = set(project()["tool"]["setuptools"]["packages"])
     found = {"ohmygpu.converters"}
     for path in ROOT.glob("ohmygpu/**/*.py"):
         found.add(".".join(path.parent.relative_to(ROOT).parts))
@@ -59,8 +55,8 @@ def test_the_wheel_holds_ohmygpu_alone_with_every_module(tmp_path: Path) -> None
 def test_every_dependency_has_its_reason_in_the_contributing_page() -> None:
     text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     metadata = project()["project"]
-    requirements = list(metadata["dependencies"])  # type: ignore[call-overload]
-    for extra, members in metadata["optional-dependencies"].items():  # type: ignore[attr-defined]
+    requirements = list(metadata["dependencies"])
+    for extra, members in metadata["optional-dependencies"].items():
         requirements += [member for member in members if extra in ("test", "dev", "reference")]
     for requirement in requirements:
         name = requirement.split(">")[0].split("=")[0].split("[")[0]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ohmygpu.convert.family import supported_model_types
 from ohmygpu.core.hub import Hub, SearchHit
 from ohmygpu.core.settings import load_settings
+from ohmygpu.install import supported_model_types
 
 from .options import json_option
 from .output import human_bytes, human_count, note, table, write_json

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+from ohmygpu.core.errors import RuntimeFailure
 from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import GenerateRequest, SamplingParams
 
@@ -18,6 +19,7 @@ from .session import available_providers, import_onnxruntime
 
 _PROMPT_TOKENS = 64
 _DECODE_TOKENS = 128
+_WARM_TOKENS = 32
 _PREFILL_TOKENS = 512
 _PROSE = "The quick brown fox jumps over the lazy dog while the rain keeps falling on the town. "
 
@@ -45,7 +47,7 @@ def measure(spec: RunSpec, rows: Sequence[int] = (1, 8)) -> dict[str, Any]:
     prompt_tokens = min(_PROMPT_TOKENS, engine.context_tokens // 4)
     prefill_tokens = min(_PREFILL_TOKENS, engine.context_tokens // 2)
     for count in rows:  # pages, packed caches and bindings are warm after this
-        _decode_rate(loaded, count, prompt_tokens, 4)
+        _decode_rate(loaded, count, prompt_tokens, _WARM_TOKENS)
     _submit(loaded, 1, prefill_tokens, 1)
     prefill_s, _ = _drain(engine)
     decode = {
@@ -66,8 +68,10 @@ def _decode_rate(loaded: LoadedModel, rows: int, prompt_tokens: int, new_tokens:
     engine = loaded.engine
     new_tokens = min(new_tokens, engine.context_tokens - prompt_tokens)
     _submit(loaded, rows, prompt_tokens, new_tokens)
-    while engine.scheduler.decoding < rows:
+    while engine.has_work and engine.scheduler.decoding < rows:
         engine.step()
+    if not engine.has_work:  # measuring nothing must not look like a number
+        raise RuntimeFailure(f"{rows} sequences never decoded together in {new_tokens} tokens")
     seconds, tokens = _drain(engine)
     return tokens / seconds
 

@@ -83,7 +83,8 @@ def test_a_new_converter_version_is_a_new_key(monkeypatch: pytest.MonkeyPatch) -
 def test_asking_what_is_supported_imports_nothing_heavy() -> None:
     code = (
         "import sys; from ohmygpu.convert import family, recipes; family.supported_model_types();"
-        "family.compile_key(['a'], 'llama', 'q8', 'cpu'); recipes.default_recipe('gguf');"
+        "family.compile_key(['a'], 'llama', 'q8', 'cpu'); "
+        "recipes.default_recipe('gguf', recipes.target('cpu'), 1);"
         "heavy = {'numpy', 'onnx', 'transformers', 'onnxruntime', 'torch', 'converters'};"
         "print(*heavy & set(sys.modules))"
     )

@@ -39,6 +39,7 @@ def world(hub: HubServer, smollm2_gguf: Path) -> Iterator[World]:
         world.omg("model", "pull", str(smollm2_gguf), "--name", "smollm2-gguf")
         world.start()
         world.omg("model", "pull", HUB_NAME)
+        world.omg("model", "pull", f"{HUB_NAME}:q8")
         yield world
         if world.daemon is not None:
             world.stop()

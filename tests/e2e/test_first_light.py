@@ -106,12 +106,12 @@ def test_the_ollama_client_streams_what_it_gets_whole(world: World, model: str) 
 def test_eight_streams_at_once_say_what_each_says_alone(world: World) -> None:
     prompts = [f"Tell me {count} facts about the number {count}." for count in range(2, 10)]
     with client_of(world) as client:
-        alone = [ask(client, HUB_NAME, prompt, max_tokens=64) for prompt in prompts]
+        alone = [ask(client, f"{HUB_NAME}:q8", prompt, max_tokens=64) for prompt in prompts]
         together: dict[int, str] = {}
 
         def one(index: int) -> None:
             stream = client.chat.completions.create(
-                model=HUB_NAME,
+                model=f"{HUB_NAME}:q8",
                 messages=[{"role": "user", "content": prompts[index]}],
                 temperature=0,
                 max_tokens=64,
