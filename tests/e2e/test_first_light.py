@@ -80,27 +80,27 @@ def test_the_openai_client_streams_what_it_gets_whole(world: World, model: str) 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_ollama_client_streams_what_it_gets_whole(world: World, model: str) -> None:
-    client = ollama.Client(host=world.url)
-    options = {"temperature": 0, "num_predict": 48}
-    messages = [{"role": "user", "content": QUESTION}]
-    whole = client.chat(model=model, messages=messages, options=options)
-    pieces = list(client.chat(model=model, messages=messages, options=options, stream=True))
-    assert "".join(piece.message.content or "" for piece in pieces) == whole.message.content
-    assert pieces[-1].done
-    assert pieces[-1].eval_count
-    generated = client.generate(model=model, prompt=QUESTION, options=options)
-    assert "Paris" in generated.response
-    more = client.generate(
-        model=model, prompt="And of Germany?", context=generated.context, options=options
-    )
-    assert more.prompt_eval_count is not None
-    assert generated.prompt_eval_count is not None
-    assert more.prompt_eval_count > generated.prompt_eval_count
-    assert client.show(model).modelinfo
-    assert model in {
-        entry.model.removesuffix(":latest") for entry in client.list().models if entry.model
-    }
-    assert any(entry.size for entry in client.ps().models)
+    with ollama.Client(host=world.url) as client:
+        options = {"temperature": 0, "num_predict": 48}
+        messages = [{"role": "user", "content": QUESTION}]
+        whole = client.chat(model=model, messages=messages, options=options)
+        pieces = list(client.chat(model=model, messages=messages, options=options, stream=True))
+        assert "".join(piece.message.content or "" for piece in pieces) == whole.message.content
+        assert pieces[-1].done
+        assert pieces[-1].eval_count
+        generated = client.generate(model=model, prompt=QUESTION, options=options)
+        assert "Paris" in generated.response
+        more = client.generate(
+            model=model, prompt="And of Germany?", context=generated.context, options=options
+        )
+        assert more.prompt_eval_count is not None
+        assert generated.prompt_eval_count is not None
+        assert more.prompt_eval_count > generated.prompt_eval_count
+        assert client.show(model).modelinfo
+        assert model in {
+            entry.model.removesuffix(":latest") for entry in client.list().models if entry.model
+        }
+        assert any(entry.size for entry in client.ps().models)
 
 
 def test_eight_streams_at_once_say_what_each_says_alone(world: World) -> None:
