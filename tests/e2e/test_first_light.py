@@ -168,6 +168,7 @@ def test_a_killed_worker_ends_its_streams_with_an_error_and_the_next_request_get
         pid
         for pid in children_of(world.daemon.pid)
         if b"runtime_onnx.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and b":q8" not in Path(f"/proc/{pid}/cmdline").read_bytes()
         and HUB_NAME.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(workers) == 1

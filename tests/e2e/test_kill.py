@@ -18,7 +18,7 @@ from tests.hub_server import HubServer
 
 KILLS = 20
 CONNECTIONS = 8
-BYTES_PER_S = 20_000_000  # of each connection: the download takes about as long as the compile
+BYTES_PER_S = 4_000_000  # of each connection: so that many kills fall into the download
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -69,7 +69,7 @@ def test_a_pull_survives_kills_of_the_daemon_at_any_moment(hub_root: Path, world
         while kills < KILLS:
             victim.start()
             assert victim.daemon is not None
-            finished = pull_until(victim, moments.uniform(0.1, 3.0))
+            finished = pull_until(victim, moments.uniform(0.1, 2.0))
             children = children_of(victim.daemon.pid)
             victim.kill()
             deadline_s = time.monotonic() + 10
@@ -80,8 +80,10 @@ def test_a_pull_survives_kills_of_the_daemon_at_any_moment(hub_root: Path, world
             if finished:
                 break
         entries = hub.requests.of("GET .*")
-        ranges = [entry for entry in entries if entry["start"]]
+        ranges = [entry for entry in entries if entry.get("start")]
         asked_twice = bytes_asked_twice(entries)
+        print(f"{kills} kills, {len(ranges)} resumed ranges, {asked_twice} bytes asked twice")
+        assert kills >= KILLS // 2, "the pull ended before it could be disturbed"
         assert ranges, "no pull went on where the last one was killed"
         assert asked_twice <= kills * CONNECTIONS * UNIT_BYTES
         victim.omg("model", "pull", HUB_NAME)  # without a daemon: the same install, in the CLI
