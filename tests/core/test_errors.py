@@ -35,7 +35,8 @@ def test_codes_are_unique() -> None:
 
 def test_every_error_stands_in_the_tree_of_the_docstring() -> None:
     for cls in ALL:
-        assert cls.__name__ in (errors.__doc__ or "")
+        if cls.__module__ == errors.__name__:  # edges may have errors of their own
+            assert cls.__name__ in (errors.__doc__ or "")
 
 
 def test_an_unknown_code_becomes_the_base_class() -> None:
