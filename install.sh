@@ -296,6 +296,9 @@ main() {
     if [ "$DEMO" = yes ]; then
         demo
     else
+        if "$BIN/omg" serve status >/dev/null 2>&1; then
+            say "note: a daemon is running, still with what was installed before: 'omg serve stop', then 'omg serve -d'."
+        fi
         say ""
         say "Next: 'omg serve -d' starts the server, 'omg pull smollm2' gets a small model, 'omg chat smollm2' talks to it."
     fi
