@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ohmygpu import install
-from ohmygpu.convert import process
+from ohmygpu.convert import process, recipes
 from ohmygpu.core import files, provider
 from ohmygpu.core.errors import Cancelled, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
@@ -190,6 +190,7 @@ def main() -> None:
             stop_at("compiling" if event.done_bytes else "compile starts")
 
     try:
+        recipes.SMALL_FLOAT_BYTES = 0  # as if the model were a large one
         install.pull(sys.argv[1], load_settings(), sink=sink)
     except OhMyGPUError:
         sys.exit(1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ohmygpu.convert import process
+from ohmygpu.convert import process, recipes
 from ohmygpu.core import files, hardware, provider
 from ohmygpu.core.errors import (
     Cancelled,
@@ -49,6 +49,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeProvider:
     monkeypatch.setattr(provider, "provider_for", lambda *_: chosen)
     monkeypatch.setattr(process, "COMPILER", (sys.executable, "-c", COMPILER))
     monkeypatch.setattr(hardware, "target", lambda *_: "cpu")
+    monkeypatch.setattr(recipes, "SMALL_FLOAT_BYTES", 0)  # as if the model were a large one
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     return chosen
 
@@ -194,6 +195,11 @@ def test_a_damaged_source_is_fetched_again_before_it_is_compiled(
 
 
 # ---------------------------------------------------------------------- names, variants, recipes
+
+
+def test_a_small_model_is_left_unquantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "SMALL_FLOAT_BYTES", 1 << 30)
+    assert pull("org/small", load_settings()).recipe == "f32"
 
 
 def test_safetensors_variants_are_recipes(store: Repository, fake: FakeProvider) -> None:

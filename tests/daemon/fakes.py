@@ -266,12 +266,12 @@ class RawClient:
 
     async def until(self, text: bytes) -> bytes:
         """Read until `text` has come."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.reader.readuntil(text)
 
     async def rest(self) -> bytes:
         """Read until the server closes."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.reader.read()
 
     async def close(self) -> None:
@@ -286,6 +286,6 @@ class RawClient:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until `condition` holds; fails after ten seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 (what is waited for has no event)
             await asyncio.sleep(0.001)

@@ -148,7 +148,7 @@ async def test_keep_alive_for_ever_has_no_timer(setup: Setup) -> None:
 
 async def test_an_idle_model_unloads_when_its_time_is_over(setup: Setup) -> None:
     await setup.use("org/a", 0.01)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await setup.runtimes.stopping.wait()
     assert await setup.loaded_names() == []
 

@@ -63,7 +63,7 @@ class Daemon:
 
     async def ended(self) -> int:
         """Exit status, once it has ended as it should: soon, and leaving nothing behind."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             status = await self.process.wait()
         assert not (self.home / "daemon.pid").exists()
         assert not (self.home / "daemon.sock").exists()
@@ -104,7 +104,7 @@ async def daemon(home: Path, answers: str, drain_s: float) -> AsyncIterator[Daem
 
 
 def health(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
         result: dict[str, Any] = json.load(response)
         return result
 
@@ -277,7 +277,7 @@ def test_in_the_foreground_a_failure_is_one_sentence_and_exit_code_1(tmp_path: P
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
     assert done.returncode == 1
