@@ -145,7 +145,7 @@ def parse_body(raw: bytes, family: Family) -> dict[str, Any]:
 
     Stricter than `json.loads`: NaN, Infinity, numbers beyond float or 64 bits, lone surrogates and
     deep nesting raise InvalidRequest, as does anything that is not an object. Ollama takes `null`
-    for an empty object, and so do we on its API.
+    for an empty object and fields in any case, and so do we on its API.
     """
     if not raw.strip():
         message = "missing request body" if family == "ollama" else "the request body is empty"
@@ -171,6 +171,8 @@ def parse_body(raw: bytes, family: Family) -> dict[str, Any]:
     _check_depth(data)
     if _SURROGATE_ESCAPE.search(text):
         _check_encodable(data)
+    if family == "ollama":
+        return {field.lower(): value for field, value in data.items()}
     return data
 
 
@@ -216,6 +218,16 @@ def _check_encodable(data: Any) -> None:
         raise InvalidRequest(
             "the request body has half of a surrogate pair (\\ud800 to \\udfff) in a string"
         ) from None
+
+
+def check_known(body: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Raise InvalidRequest naming a field that says something and is not one of `known`."""
+    for field, value in body.items():
+        if value is not None and field not in known:
+            raise InvalidRequest(
+                f"{field[:80]}: unknown field; this request takes {', '.join(sorted(known))}",
+                param=field[:80],
+            )
 
 
 def boolean_field(body: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "LoadCall",
     "Loaded",
     "Reply",
+    "check_manage",
     "error_body",
     "model_name",
     "model_not_found",
@@ -61,6 +62,31 @@ _NEUTRAL: dict[str, fields.Neutral] = {
     "template": (fields.is_empty, "the model's own chat template is used; send none, or use raw"),
     "tool_choice": (lambda value: value in ("none", "auto"), "does not support tools"),
     "tools": (fields.is_empty, "does not support tools"),
+}
+
+# the same for the requests about models
+_MANAGE_FIELDS = {
+    "show": frozenset({"model", "name", "verbose"}),
+    "pull": frozenset({"model", "name", "stream"}),
+    "delete": frozenset({"model", "name"}),
+}
+_CREDENTIALS = "is not used; set HF_TOKEN in the daemon's environment"
+_OVERRIDE = "the model is shown as it is installed; send none"
+_MANAGE_NEUTRAL: dict[str, dict[str, fields.Neutral]] = {
+    "show": {
+        "options": (fields.is_empty, _OVERRIDE),
+        "system": (fields.is_empty, _OVERRIDE),
+        "template": (fields.is_empty, _OVERRIDE),
+    },
+    "pull": {
+        "insecure": (
+            lambda value: value is False,
+            "models come from the configured hub.endpoint alone; only false is supported",
+        ),
+        "password": (fields.is_empty, _CREDENTIALS),
+        "username": (fields.is_empty, _CREDENTIALS),
+    },
+    "delete": {},
 }
 
 
@@ -99,6 +125,16 @@ def model_name(body: dict[str, Any], api: Api | None = None) -> str:
             raise ModelNotFound(model_not_found(""), name="")
         raise InvalidRequest("model is required", param="model")
     return fields.string(name, "model")
+
+
+def check_manage(body: dict[str, Any], api: Literal["show", "pull", "delete"]) -> None:
+    """Raise InvalidRequest naming a field that a request about a model cannot have."""
+    for field, value in body.items():
+        if value is None or field in _MANAGE_FIELDS[api]:
+            continue
+        if field not in _MANAGE_NEUTRAL[api]:
+            raise fields.refuse(field[:80], f"unknown field; /api/{api} has no such field")
+        fields.check_neutral(field, value, _MANAGE_NEUTRAL[api][field])
 
 
 def parse_chat(body: dict[str, Any], card: ModelCard) -> GenerateCall | LoadCall:
@@ -173,8 +209,8 @@ def _stream(body: dict[str, Any]) -> bool:
 
 
 def _checked(body: dict[str, Any], api: Api, model: str) -> dict[str, Any]:
-    """The fields that say something, in lower case; raises for one that is not supported."""
-    body = {field.lower(): value for field, value in body.items() if value is not None}
+    """The fields that say something; raises for one that is not supported."""
+    body = {field: value for field, value in body.items() if value is not None}
     for field, value in body.items():
         if field in _HONOURED_BY[api] or field in _NO_EFFECT:
             continue

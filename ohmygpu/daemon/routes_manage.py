@@ -15,7 +15,7 @@ from ohmygpu import __version__
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError
 from ohmygpu.core.events import Event
 
-from .limits import boolean_field, text_field
+from .limits import boolean_field, check_known, text_field
 from .loaded import LoadedModel
 from .pull_wire import checked_reference, raising
 from .services import json_body, services
@@ -27,6 +27,10 @@ from .streams import (
     primed,
     stream_response,
 )
+
+_PULL_FIELDS = frozenset({"model", "name", "recipe", "stream"})
+_UNLOAD_FIELDS = frozenset({"model"})
+_GC_FIELDS = frozenset({"sources"})
 
 routes = Blueprint("manage", __name__)
 
@@ -70,6 +74,7 @@ def _row(model: LoadedModel) -> dict[str, Any]:
 async def pull() -> Response:
     """Pull and compile a model. Lines of events, the last `done` or `error`; or the last alone."""
     body = await json_body("openai")
+    check_known(body, _PULL_FIELDS)
     reference = checked_reference(_model(body))
     stream = boolean_field(body, "stream", default=True)
     name, recipe = text_field(body, "name"), text_field(body, "recipe")
@@ -95,6 +100,7 @@ async def remove(name: str) -> Response:
 async def unload() -> Response:
     """Unload a model; while it is in use, as soon as it is not ("unloaded": false)."""
     body = await json_body("openai")
+    check_known(body, _UNLOAD_FIELDS)
     card = services().manager.card(_model(body))
     return json_response(
         {"id": card.name, "object": "model", "unloaded": await services().manager.unload(card.name)}
@@ -105,6 +111,7 @@ async def unload() -> Response:
 async def collect_garbage() -> Response:
     """Remove what no installed model needs, with `sources` also the files models came from."""
     body = await json_body("openai", optional=True)
+    check_known(body, _GC_FIELDS)
     sources = boolean_field(body, "sources", default=False)
     report = await asyncio.to_thread(services().collect_garbage, sources)
     return json_response(asdict(report))

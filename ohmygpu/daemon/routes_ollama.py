@@ -111,6 +111,7 @@ async def ps() -> Response:
 async def show() -> Response:
     """Everything about one model."""
     body = await json_body("ollama")
+    ollama.check_manage(body, "show")
     card = services().manager.card(ollama.model_name(body))
     verbose = boolean_field(body, "verbose", default=False)
     return json_response(ollama.to_show(card, verbose=verbose))
@@ -120,6 +121,7 @@ async def show() -> Response:
 async def pull() -> Response:
     """Pull a model, reported in Ollama's statuses."""
     body = await json_body("ollama")
+    ollama.check_manage(body, "pull")
     reference = checked_reference(ollama.model_name(body))
     stream = boolean_field(body, "stream", default=True)
     events = await primed(raising(services().pulls.watch(reference)))
@@ -135,6 +137,7 @@ async def pull() -> Response:
 async def delete() -> Response:
     """Remove a model."""
     body = await json_body("ollama")
+    ollama.check_manage(body, "delete")
     async with services().manager.removing(ollama.model_name(body)) as name:
         await asyncio.to_thread(services().remove, name)
     return Response(b"", content_type="text/plain; charset=utf-8")

@@ -222,7 +222,7 @@ def test_an_option_in_the_wrong_place_is_pointed_at() -> None:
         {"tools": None, "format": None, "think": None, "keep_alive": None, "stream": None},
         {"tool_choice": "auto", "logprobs": False, "top_logprobs": 0, "shift": False},
         {"template": "", "suffix": "", "user": "me", "metadata": {}, "_debug_render_only": False},
-        {"Options": {}, "KEEP_ALIVE": None, "Truncate": True},
+        {"options": {}, "keep_alive": None, "truncate": True},
     ],
 )
 def test_fields_that_cannot_change_the_answer_are_accepted(fields: dict[str, Any]) -> None:

@@ -121,6 +121,7 @@ async def test_a_pull_is_refused_before_it_starts_when_it_makes_no_sense(setup: 
         {"model": "no such/name/here"},
         {"model": "org/new", "stream": "yes"},
         {"model": "org/new", "recipe": 4},
+        {"model": "org/new", "recipee": "q4"},
     ):
         status, answer = await setup.post("/v1/models/pull", body)
         assert status == 400, body
@@ -165,3 +166,14 @@ async def test_gc_reports_what_it_freed_with_and_without_a_body(setup: Setup) ->
     assert not orphan.exists()
     assert (await setup.client.post("/v1/models/gc")).status_code == 200
     assert (await setup.post("/v1/models/gc", {"sources": "all"}))[0] == 400
+
+
+async def test_a_field_that_would_be_dropped_is_refused_by_name(setup: Setup) -> None:
+    for path, body in (
+        ("/v1/models/pull", {"model": "org/new", "recipee": "q4"}),
+        ("/v1/models/unload", {"model": "org/m", "force": True}),
+        ("/v1/models/gc", {"source": True}),
+    ):
+        status, answer = await setup.post(path, body)
+        assert status == 400
+        assert answer["error"]["param"] in body

@@ -91,8 +91,8 @@ async def test_keep_alive_says_how_long_the_model_stays(setup: Setup) -> None:
 
 
 async def test_an_unknown_model_is_told_in_ollamas_words(setup: Setup) -> None:
-    for path, body in (("/api/chat", CHAT), ("/api/generate", GENERATE), ("/api/show", CHAT)):
-        status, answer = await setup.post(path, body | {"model": "nobody/x"})
+    for path, body in (("/api/chat", CHAT), ("/api/generate", GENERATE), ("/api/show", {})):
+        status, answer = await setup.post(path, {**body, "model": "nobody/x"})
         assert status == 404
         assert answer["error"].startswith("model 'nobody/x")
         assert "not found" in answer["error"]
@@ -162,3 +162,30 @@ async def test_delete_takes_a_body_and_removes_the_model(setup: Setup) -> None:
     response = await setup.client.delete("/api/delete", json={"model": "org/m"})
     assert response.status_code == 404
     assert "not found" in (await response.get_json())["error"]
+
+
+async def test_fields_are_taken_in_any_case_as_ollama_takes_them(setup: Setup) -> None:
+    setup.runtimes.enqueue("ok", END)
+    messages = [{"role": "USER", "content": "hi"}]
+    body = {"Model": "org/m", "MESSAGES": messages, "Stream": False}
+    assert (await setup.post("/api/chat", body))[0] == 200
+    assert (await setup.post("/api/show", {"Name": "org/m"}))[0] == 200
+
+
+async def test_requests_about_models_honour_a_field_or_refuse_it_by_name(setup: Setup) -> None:
+    cli = {"system": "", "template": "", "options": None, "name": ""}  # as Ollama's CLI sends them
+    assert (await setup.post("/api/show", {"model": "org/m", **cli}))[0] == 200
+    pull = {"model": "org/new", "insecure": False, "username": "", "password": "", "stream": False}
+    assert (await setup.post("/api/pull", pull))[0] == 200
+    for path, field, value in (
+        ("/api/show", "system", "be brief"),
+        ("/api/show", "options", {"top_k": 1}),
+        ("/api/pull", "insecure", True),
+        ("/api/pull", "password", "secret"),
+        ("/api/pull", "recipe", "q4"),
+    ):
+        status, body = await setup.post(path, {"model": "org/m", field: value})
+        assert (status, body["error"].startswith(f"{field}: ")) == (400, True), body
+    response = await setup.client.delete("/api/delete", json={"model": "org/m", "force": True})
+    assert response.status_code == 400
+    assert (await setup.post("/api/show", {"model": "org/m"}))[0] == 200
