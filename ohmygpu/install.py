@@ -26,6 +26,7 @@ from .core.errors import (
 )
 from .core.events import Event, EventSink
 from .core.manifests import source_of
+from .core.model_files import check_tokenizer
 from .core.records import Artifact, CompiledModel, InstallRecord
 from .core.refs import ModelRef, check_name
 from .core.repository import GcReport, Removed, Repository
@@ -168,6 +169,11 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     from .core import hardware
 
     family_name = "" if resolved.config is None else family.check_supported(resolved.config)
+    filenames = [file.filename for file in resolved.files]
+    if resolved.gguf_architecture is not None:
+        family.check_gguf_architecture(resolved.gguf_architecture, filenames[0])
+    if resolved.source_format == "safetensors":
+        check_tokenizer(filenames, resolved.display_name)
     target = hardware.target(settings.engine.execution_provider)
     source_format = resolved.source_format
     asked = None if recipe in (None, "auto") else str(recipe).strip().lower()

@@ -80,7 +80,7 @@ class SamplingParams:
         for text in self.stop:
             if not text or len(text) > MAX_STOP_CHARACTERS:
                 raise InvalidRequest(
-                    f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters", param="stop"
+                    f"stop strings must have 1 to {MAX_STOP_CHARACTERS} characters", param="stop"
                 )
         for token_id, bias in self.logit_bias.items():
             _check("logit_bias", token_id, 0, 2**31 - 1)

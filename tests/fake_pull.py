@@ -90,6 +90,7 @@ class FakeProvider:
         self.config: dict[str, Any] | None = None
         if "config.json" in content:
             self.config = json.loads(content["config.json"])
+        self.gguf_architecture: str | None = None
         self.fetches = 0
         self.failure: OhMyGPUError | None = None
         self.at: Callable[[str], None] = lambda _: None
@@ -114,6 +115,7 @@ class FakeProvider:
             ),
             config=self.config,
             source_format="gguf" if is_gguf else "safetensors",
+            gguf_architecture=self.gguf_architecture,
         )
 
     def fetch(

@@ -296,6 +296,20 @@ def test_an_unsupported_architecture_is_refused_before_the_download(fake: FakePr
     assert fake.fetches == 0
 
 
+def test_weights_without_a_tokenizer_are_refused_before_the_download(fake: FakeProvider) -> None:
+    fake.content = {name: SAFETENSORS[name] for name in ("config.json", "model.safetensors")}
+    with pytest.raises(UnsupportedModel, match="neither tokenizer"):
+        do_pull("org/safe")
+    assert fake.fetches == 0
+
+
+def test_a_gguf_of_another_architecture_is_refused_before_the_download(fake: FakeProvider) -> None:
+    fake.gguf_architecture = "quantum"
+    with pytest.raises(UnsupportedModel, match=r"tiny.Q4_1.gguf.*quantum.*llama"):
+        do_pull()
+    assert fake.fetches == 0
+
+
 def test_sources_are_freed_when_they_are_not_to_be_kept(
     store: Repository, fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ohmygpu.core.errors import Cancelled, CorruptFile, DaemonError, DaemonNotRunning
@@ -74,9 +73,7 @@ class Catalogue:
                 return client.gc(sources=sources)
         from ohmygpu.install import collect_garbage
 
-        report = asdict(collect_garbage(self._settings, sources))
-        report["damaged"] = [{**entry, "path": str(entry["path"])} for entry in report["damaged"]]
-        return report
+        return collect_garbage(self._settings, sources).to_dict()
 
     def _pull(self, reference: str, name: str | None, recipe: str | None, sink: EventSink) -> str:
         from ohmygpu.install import pull

@@ -4,7 +4,7 @@
     1    something else failed
     2    the command line, a name, a setting or a request is not valid
     3    no such model, revision or other named thing
-    4    the daemon is not running
+    4    the daemon is not running, or something else answers in its place
     5    the model's provider cannot be reached, or asks to wait
     6    access denied: private or gated model, wrong or missing token
     7    the model is of a kind that cannot be compiled, or its files are damaged
@@ -48,6 +48,7 @@ _EXIT_CODES: tuple[tuple[type[domain.OhMyGPUError], int], ...] = (
     (domain.Conflict, 10),
     (domain.DaemonAlreadyRunning, 10),
     (domain.PortInUse, 10),
+    (domain.NotTheDaemon, 4),
     (domain.Cancelled, INTERRUPTED),
 )
 

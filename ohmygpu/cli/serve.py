@@ -11,7 +11,7 @@ import time
 import click
 
 from ohmygpu.client import Health, LoadedModel, connect, find_daemon
-from ohmygpu.core.errors import DaemonError, DaemonNotRunning
+from ohmygpu.core.errors import DaemonError, DaemonNotRunning, NotTheDaemon
 from ohmygpu.core.locks import is_locked
 from ohmygpu.core.settings import Settings, load_settings
 
@@ -63,7 +63,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
     settings = load_settings()
     try:
         _, health = find_daemon(settings)
-    except DaemonNotRunning as error:
+    except (DaemonNotRunning, NotTheDaemon) as error:
         if as_json:
             write_json({"running": False, "home": str(settings.home), "reason": error.message})
         else:

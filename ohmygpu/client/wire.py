@@ -16,6 +16,7 @@ from ohmygpu.core.errors import (
     DaemonError,
     DaemonNotRunning,
     InvalidName,
+    NotTheDaemon,
     OhMyGPUError,
 )
 from ohmygpu.core.events import Event
@@ -58,7 +59,7 @@ def read_reply(address: Address, status: int, content: bytes) -> dict[str, Any]:
         return data
     if isinstance(data, dict) and isinstance(data.get("error"), dict):
         raise error_from_wire(data["error"])
-    raise DaemonError(
+    raise NotTheDaemon(
         f"what listens at {address} answered {status} in a way that the daemon never does;"
         " is another program using its port?",
         status=status,
@@ -72,7 +73,7 @@ def read_health(address: Address, status: int, content: bytes) -> Health:
     except (ValueError, KeyError, TypeError) as error:
         if status >= 400:
             read_reply(address, status, content)  # raises what it says
-        raise DaemonError(
+        raise NotTheDaemon(
             f"another program listens at {address}; choose another port for the daemon with"
             " `omg config set server.port PORT`"
         ) from error

@@ -28,6 +28,10 @@ _PACKAGE = "ohmygpu.converters"
 ALIASES: Mapping[str, str] = {"code_llama": "llama"}
 
 
+GGUF_ARCHITECTURES: Mapping[str, str] = {"llama": "gguf_llama"}
+"""`general.architecture` of a GGUF file → the module beside this one that translates it."""
+
+
 class FamilyConfig(Protocol):
     """A family's reading of a config; `decoder` holds the sizes every decoder has."""
 
@@ -103,6 +107,23 @@ def check_supported(config: Mapping[str, Any]) -> str:
             model_type=model_type,
         )
     return ALIASES.get(str(model_type), str(model_type))
+
+
+def check_gguf_architecture(architecture: object, filename: str) -> str:
+    """The module that translates GGUF files of this `general.architecture`.
+
+    Raises UnsupportedModel, saying which architectures are supported.
+    """
+    module = GGUF_ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+    if module is None:
+        supported = sorted(GGUF_ARCHITECTURES)
+        raise UnsupportedModel(
+            f"{filename} has the architecture {str(architecture)[:80]!r}; GGUF files of these "
+            f"architectures can be compiled: {', '.join(supported)}",
+            architecture=str(architecture)[:80],
+            supported=supported,
+        )
+    return module
 
 
 def family(name: str) -> Family:

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ohmygpu.core.errors import UnsupportedModel
-
+from .family import check_gguf_architecture
 from .gguf import GgufModel, GgufTensor
 from .gguf_blocks import BLOCK_TYPES, dequantize, repack
 from .safetensors import to_float32
@@ -54,9 +53,6 @@ class Architecture(Protocol):
         """Raises CorruptFile or UnsupportedModel."""
         ...
 
-
-ARCHITECTURES = {"llama": "gguf_llama"}
-"""`general.architecture` → the module beside this one that translates it."""
 
 # general.file_type (llama_ftype in llama.h), for show
 _FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1"}
@@ -165,14 +161,7 @@ class GgufSource:
 
 def _translate(model: GgufModel) -> Translation:
     architecture = model.metadata.get("general.architecture")
-    module = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
-    if module is None:
-        raise UnsupportedModel(
-            f"{model.name} has the architecture {str(architecture)[:80]!r}; GGUF files of these "
-            f"architectures can be compiled: {', '.join(sorted(ARCHITECTURES))}",
-            architecture=str(architecture)[:80],
-            supported=sorted(ARCHITECTURES),
-        )
+    module = check_gguf_architecture(architecture, model.name)
     translator: Architecture = importlib.import_module(f".{module}", __package__)
     return translator.translate(model)
 

@@ -9,9 +9,9 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import files, leases, manifests
 from .errors import Conflict
@@ -46,6 +46,11 @@ class GcReport:
     sources: int = 0  # source files of installed models (only when asked for)
     source_bytes: int = 0  # how much of freed_bytes those were
     damaged: tuple[DamagedManifest, ...] = ()  # while there are any, blobs and compiled stay
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        damaged = [{**asdict(entry), "path": str(entry.path)} for entry in self.damaged]
+        return {**asdict(self), "damaged": damaged}
 
 
 def being_pulled(name: str) -> Conflict:

@@ -23,6 +23,7 @@ Domain code raises these; only the edges translate them: `daemon/errors.py` to H
     ├── RuntimeFailure              the worker could not load the model, or died
     ├── DaemonError
     │   ├── DaemonNotRunning        nothing answers at the daemon's address
+    │   ├── NotTheDaemon            another program answers at the daemon's address
     │   ├── DaemonAlreadyRunning    another daemon owns this home folder
     │   └── PortInUse               another program listens at the daemon's port
     └── Cancelled                   the user or the client stopped it
@@ -181,6 +182,12 @@ class DaemonNotRunning(DaemonError):
     """Nothing answers at the daemon's address."""
 
     code = "daemon_not_running"
+
+
+class NotTheDaemon(DaemonError):
+    """Another program answers at the daemon's address."""
+
+    code = "not_the_daemon"
 
 
 class DaemonAlreadyRunning(DaemonError):

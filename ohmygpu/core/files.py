@@ -191,7 +191,12 @@ def writing(home: Path, what: str) -> Iterator[None]:
 
 def explain(error: OSError, home: Path, what: str) -> DiskFull | ConfigError | None:
     """The user's error for what the system said while writing below `home`; None for others."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        return DiskFull(
+            f"cannot write {what}: a file of it is larger than the system allows; raise the limit "
+            "(ulimit -f), or set OHMYGPU_HOME to a file system for large files"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(home)
         return DiskFull(
             f"cannot write {what}: {os.strerror(error.errno)} ({show_bytes(free)} are free); "

@@ -17,7 +17,15 @@ from urllib.parse import quote, urljoin
 
 from .download import Downloader
 from .errors import CorruptFile, InvalidName, ModelNotFound, NetworkError, OhMyGPUError
-from .http import MAX_REDIRECTS, GuardedClient, origin_of, show_origin, with_retries
+from .gguf_header import HEAD_BYTES, architecture_of
+from .http import (
+    MAX_REDIRECTS,
+    GuardedClient,
+    origin_of,
+    refuse_compressed,
+    show_origin,
+    with_retries,
+)
 from .hub_errors import explain_refusal
 from .model_files import artifact_format, check_filename, select_files
 from .provider import RemoteFile, Resolved
@@ -124,6 +132,31 @@ class Hub:
                     f"{show_origin(url)} answers with error {response.status_code} for {filename}"
                 )
             return bytes(response.content)
+
+    def first_bytes(self, url: str, count: int) -> bytes:
+        """Up to `count` bytes from the start of a file; none when the hub does not give them now.
+
+        The download that follows says why, or tries again.
+        """
+        import httpx2
+
+        found = bytearray()
+        try:
+            with GuardedClient(self.endpoint, self.authorization, read_timeout_s=10) as client:
+                wanted = client.build_request("GET", url, headers={"Range": f"bytes=0-{count - 1}"})
+                response = client.send(wanted, stream=True)
+                try:
+                    if response.status_code in (200, 206):
+                        refuse_compressed(response)
+                        for piece in response.iter_raw():
+                            found += piece
+                            if len(found) >= count:
+                                break
+                finally:
+                    response.close()
+        except (NetworkError, httpx2.HTTPError):
+            return b""
+        return bytes(found[:count])
 
     def search(self, query: str, limit: int = 20) -> list[SearchHit]:
         """Models whose name matches `query`, most downloaded first."""
@@ -256,6 +289,8 @@ class HubProvider:
             return self.hub.small_file(info.repo, info.commit, check_filename(name), max_bytes)
 
         chosen = select_files(by_name, ref.variant, read, info.repo)
+        is_gguf = chosen.source_format == "gguf"
+        head_url = by_name[chosen.filenames[0]].url
         return Resolved(
             ref=replace(ref, repo=info.repo),
             display_name=info.repo,
@@ -266,6 +301,9 @@ class HubProvider:
             config=chosen.config,
             source_format=chosen.source_format,
             license=info.license,
+            gguf_architecture=architecture_of(self.hub.first_bytes(head_url, HEAD_BYTES))
+            if is_gguf
+            else None,
         )
 
     def fetch(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CorruptFile, InvalidRequest, ModelNotFound, UnsupportedModel
 from .events import Event, EventSink
+from .gguf_header import HEAD_BYTES, architecture_of
 from .model_files import PICKLE_SUFFIXES, Selection, artifact_format, select_files
 from .provider import RemoteFile, Resolved
 from .records import Artifact
@@ -54,6 +55,9 @@ class LocalProvider:
         cancel: threading.Event,
     ) -> tuple[Artifact, ...]:
         """The files as blobs, shared with the originals on disk where the file system can."""
+        for file in resolved.files:
+            if file.format == "safetensors":
+                check_safetensors(Path(file.url))
         total_bytes = resolved.total_bytes
         done_bytes, reported_at = 0, 0.0
 
@@ -98,7 +102,7 @@ class LocalProvider:
                 f"{path.parent}",
                 param="model",
             )
-        check_gguf(path)
+        head = check_gguf(path)
         label = quant_label(path.name)
         variant = label.lower() if label else None
         if ref.variant and ref.variant.lower() != variant:
@@ -111,11 +115,10 @@ class LocalProvider:
             variant=variant,
             default_variant=variant,
             revision=None,
-            files=(
-                _local_file(path, path.name if name.endswith(".gguf") else path.name + ".gguf"),
-            ),
+            files=(_local_file(path, path.name if _is_gguf(name) else path.name + ".gguf"),),
             config=None,
             source_format="gguf",
+            gguf_architecture=architecture_of(head),
         )
 
     def _resolve_folder(self, ref: ModelRef, folder: Path) -> Resolved:
@@ -129,11 +132,7 @@ class LocalProvider:
             return data
 
         chosen = self._select(ref, folder, names, read)
-        for name in chosen.filenames:
-            if name.endswith(".safetensors"):
-                check_safetensors(folder / name)
-            elif name.lower().endswith(".gguf"):
-                check_gguf(folder / name)
+        heads = [check_gguf(folder / name) for name in chosen.filenames if _is_gguf(name)]
         return Resolved(
             ref=ref,
             display_name=ref.name,
@@ -143,6 +142,7 @@ class LocalProvider:
             files=tuple(_local_file(folder / name, name) for name in chosen.filenames),
             config=chosen.config,
             source_format=chosen.source_format,
+            gguf_architecture=architecture_of(heads[0]) if heads else None,
         )
 
     def _select(self, ref: ModelRef, folder: Path, names: list[str], read: Any) -> Selection:
@@ -160,13 +160,13 @@ class LocalProvider:
             ) from error
 
 
-def check_gguf(path: Path) -> None:
-    """Raise CorruptFile unless `path` begins as a GGUF file does; UnsupportedModel for old ones.
+def check_gguf(path: Path) -> bytes:
+    """The first bytes of a GGUF file. Raises CorruptFile, and UnsupportedModel for old versions.
 
     Whether its tensors are all there is found when it is compiled.
     """
     with path.open("rb") as file:
-        header = file.read(_GGUF_HEADER.size)
+        header = file.read(HEAD_BYTES)
     if header[:4] != b"GGUF":
         what = "is empty" if not header else "is not a GGUF file (it does not begin with GGUF)"
         raise CorruptFile(
@@ -177,7 +177,7 @@ def check_gguf(path: Path) -> None:
             f"{path} ends within its header; it is truncated, download it again",
             filename=path.name,
         )
-    _, version, tensors, entries = _GGUF_HEADER.unpack(header)
+    _, version, tensors, entries = _GGUF_HEADER.unpack_from(header)
     if version not in _GGUF_VERSIONS:
         raise UnsupportedModel(f"{path} is GGUF version {version}; versions 2 and 3 are supported")
     # A tensor's description has at least 24 bytes, a metadata entry at least 13.
@@ -186,6 +186,7 @@ def check_gguf(path: Path) -> None:
             f"{path} describes more than it holds; it is truncated or damaged, download it again",
             filename=path.name,
         )
+    return header
 
 
 def check_safetensors(path: Path) -> None:
@@ -213,6 +214,10 @@ def check_safetensors(path: Path) -> None:
             "download it again",
             filename=path.name,
         )
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
 
 
 def _local_file(path: Path, filename: str) -> RemoteFile:

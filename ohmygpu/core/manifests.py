@@ -180,6 +180,8 @@ def siblings(found: Scan, record: InstallRecord) -> list[InstallRecord]:
 
 def _read(folder: Path, path: Path) -> InstallRecord:
     """The record at `path`. Raises CorruptFile when it is damaged or in another one's place."""
+    if path.exists() and not path.is_file():
+        raise CorruptFile("it is not a file")
     with path.open("rb") as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:

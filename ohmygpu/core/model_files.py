@@ -117,6 +117,15 @@ def select_files(names: Collection[str], variant: str | None, read: Read, where:
     )
 
 
+def check_tokenizer(names: Collection[str], where: str) -> None:
+    """Raise UnsupportedModel unless `names` has a tokenizer that can be read."""
+    if not {"tokenizer.json", "tokenizer.model"}.intersection(names):
+        raise UnsupportedModel(
+            f"{where} has neither tokenizer.json nor tokenizer.model, so text cannot become "
+            "tokens; look for a repository of this model that has one"
+        )
+
+
 def parse_json_object(data: bytes, name: str, where: str) -> dict[str, Any]:
     """`data` as a JSON object; raises CorruptFile naming the file otherwise."""
     try:

@@ -65,6 +65,7 @@ class Resolved:
     config: dict[str, Any] | None  # config.json, where it could be read before the download
     source_format: str  # safetensors | gguf
     license: str = ""
+    gguf_architecture: str | None = None  # as the file's first bytes say, where they were looked at
 
     @property
     def total_bytes(self) -> int:

@@ -86,7 +86,8 @@ def integer(value: Any, param: str, low: int = -(2**63), high: int = 2**64 - 1) 
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise refuse(param, f"must be a whole number, not {kind(value)}")
+        shown = f"{value:g}" if isinstance(value, float) else kind(value)
+        raise refuse(param, f"must be a whole number, not {shown}")
     if value < low:
         raise refuse(param, f"must be at least {low}")
     if value > high:
@@ -139,6 +140,8 @@ def stop_strings(value: Any, param: str) -> tuple[str, ...]:
     """Stop strings, given as one string or a list."""
     if isinstance(value, str):
         value = [value]
+    if not isinstance(value, list):
+        raise refuse(param, f"must be a string or a list of strings, not {kind(value)}")
     entries = listing(value, param, MAX_STOP_STRINGS)
     return tuple(string(entry, f"{param}[{index}]") for index, entry in enumerate(entries))
 

@@ -75,7 +75,7 @@ _NEUTRAL: dict[str, fields.Neutral] = {
     "reasoning": (fields.is_empty, "does not support thinking"),
     "reasoning_effort": (lambda value: value == "none", "does not support thinking"),
     "response_format": (
-        lambda value: isinstance(value, dict) and value.get("type", "text") == "text",
+        lambda value: value == {} or (isinstance(value, dict) and value.get("type") == "text"),
         'structured output is not supported; only {"type": "text"} is',
     ),
     "think": (lambda value: value is False, "does not support thinking"),

@@ -6,7 +6,6 @@ import asyncio
 import math
 import os
 import time
-from dataclasses import asdict
 from typing import Any
 
 from quart import Blueprint, Response
@@ -114,7 +113,7 @@ async def collect_garbage() -> Response:
     check_known(body, _GC_FIELDS)
     sources = boolean_field(body, "sources", default=False)
     report = await asyncio.to_thread(services().collect_garbage, sources)
-    return json_response(asdict(report))
+    return json_response(report.to_dict())
 
 
 def _error_line(error: OhMyGPUError) -> bytes:

@@ -143,6 +143,16 @@ def test_another_program_on_the_port_does_not_stop_model_commands(
     assert "another program" in result.stderr
 
 
+def test_what_needs_the_daemon_exits_with_4_when_another_program_has_its_port(
+    fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    fake_daemon.health_text = '{"hello": "world"}'
+    for arguments in (["serve", "status"], ["ps"], ["chat", "org/tiny", "Hello"]):
+        result = omg(*arguments)
+        assert result.code == 4, arguments
+        assert "another program" in result.stderr
+
+
 def script(*events: Event) -> list[dict[str, Any]]:
     return [event.to_dict() for event in events]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from ohmygpu.core.errors import (
     RevisionNotFound,
     UnsupportedModel,
 )
+from ohmygpu.core.gguf_header import HEAD_BYTES
 from ohmygpu.core.http import check_hop, retry_after_s
 from ohmygpu.core.hub import Hub, HubProvider
 from ohmygpu.core.provider import Resolved, provider_for
@@ -63,6 +65,12 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
     root.mkdir()
     with HubServer(root) as server:
         yield server
+
+
+def gguf_head(architecture: str) -> bytes:
+    key, value = b"general.architecture", architecture.encode()
+    entry = struct.pack(f"<Q{len(key)}sIQ", len(key), key, 8, len(value)) + value
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + entry
 
 
 def settings_for(hub: HubServer, token: str | None = None) -> Settings:
@@ -228,6 +236,23 @@ def test_different_models_in_one_repository_must_be_chosen_by_name(hub: HubServe
             resolve(hub, text)
     resolved = resolve(hub, "org/model:b-Q4_0")
     assert (names(resolved), resolved.variant) == ({"b-Q4_0.gguf"}, "b-q4_0")
+
+
+def test_a_gguf_file_tells_its_architecture_before_the_download(hub: HubServer) -> None:
+    make_repo(hub.root, "org/model", {"m-Q4_0.gguf": gguf_head("qwen2") + bytes(1 << 20)})
+    assert resolve(hub, "org/model").gguf_architecture == "qwen2"
+    (peek,) = [entry for entry in hub.requests.entries if entry.get("file")]
+    assert peek["bytes"] <= HEAD_BYTES
+
+
+@pytest.mark.parametrize("kind", ["drop", "ignore_range", "gzip", "status"])
+def test_a_hub_that_does_not_show_the_first_bytes_does_not_stop_a_pull(
+    hub: HubServer, kind: str
+) -> None:
+    make_repo(hub.root, "org/model", {"m-Q4_0.gguf": gguf_head("qwen2") + bytes(1 << 20)})
+    hub.faults.add(kind, match="GET /cdn", after=0, status=500)
+    found = resolve(hub, "org/model").gguf_architecture
+    assert found == ("qwen2" if kind == "ignore_range" else None)
 
 
 def test_safetensors_win_over_gguf_unless_the_variant_names_one(hub: HubServer) -> None:

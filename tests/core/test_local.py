@@ -167,12 +167,13 @@ def test_a_file_that_is_no_model_is_refused_with_the_reason(
     ],
 )
 def test_a_folder_with_a_damaged_file_is_refused_by_its_name(
-    tmp_path: Path, change: dict[str, bytes], error: type[OhMyGPUError], says: str
+    tmp_path: Path, home: Path, change: dict[str, bytes], error: type[OhMyGPUError], says: str
 ) -> None:
     folder = write(tmp_path / "m", FOLDER | change)
     with pytest.raises(error, match=says) as caught:
-        resolve(folder)
+        fetch(resolve(folder), home)
     assert next(iter(change)) in caught.value.message
+    assert not (home / "models/blobs").exists() or not list((home / "models/blobs").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -661,6 +661,27 @@ def test_a_disk_that_fills_up_leaves_the_old_record(
     assert tree(store.manifests_dir) == before
 
 
+def test_a_limit_on_file_sizes_is_not_taken_for_a_full_disk(
+    store: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(_: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "fsync", too_large)
+    with pytest.raises(DiskFull, match="ulimit") as caught:
+        install(store)
+    assert "omg model rm" not in caught.value.message
+
+
+def test_a_manifest_that_is_no_file_hides_nothing_and_blocks_nothing(store: Repository) -> None:
+    record = install(store)
+    folder = next(store.manifests_dir.rglob("*.json")).parent
+    os.mkfifo(folder / "q9.json")
+    found = store.scan()
+    assert found.records == (record,)
+    assert [entry.reason for entry in found.damaged] == ["it is not a file"]
+
+
 def test_a_read_only_store_still_reads(store: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     record = install(store)
     fresh = Repository(store.home)

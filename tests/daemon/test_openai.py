@@ -177,6 +177,7 @@ def test_fields_that_cannot_change_the_answer_are_accepted(fields: dict[str, Any
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("response_format", {"type": "hiccup"}),
+        ("response_format", {"schema": {}}),
         ("response_format", 123),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tools", "all"),

@@ -177,3 +177,13 @@ async def test_a_field_that_would_be_dropped_is_refused_by_name(setup: Setup) ->
         status, answer = await setup.post(path, body)
         assert status == 400
         assert answer["error"]["param"] in body
+
+
+async def test_gc_names_the_damaged_records_that_hold_it_back(setup: Setup) -> None:
+    (manifest,) = (setup.home / "models" / "manifests").rglob("*.json")
+    manifest.write_text("garbage")
+    status, body = await setup.post("/v1/models/gc", {})
+    assert status == 200
+    (damaged,) = body["damaged"]
+    assert (damaged["name"], damaged["reason"]) == ("org/m", "it is not valid JSON")
+    assert damaged["path"] == str(manifest)
