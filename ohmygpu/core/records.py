@@ -13,6 +13,9 @@ COMPILE_FILE = "compile.json"
 GRAPH_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+DEFAULT_CONTEXT_TOKENS = 32768  # the longest context served unless more is asked for
+
+_ELEMENT_BYTES = {"float32": 4, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,27 @@ class CompiledModel:
     license: str = ""
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one position, over all layers."""
+        element_bytes = _ELEMENT_BYTES[self.kv_dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
+
+    def served_context_tokens(self, wanted_tokens: int) -> int:
+        """The context served when `wanted_tokens` are asked for (0 = 32768): at most its own."""
+        return min(wanted_tokens or DEFAULT_CONTEXT_TOKENS, self.context_length)
+
+    def damage(self, folder: Path) -> str | None:
+        """What the files in `folder` lack of their recorded sizes, in words; None when nothing."""
+        for name, size in {GRAPH_FILE: None, **self.files}.items():
+            try:
+                found = (folder / name).stat().st_size
+            except OSError:
+                return f"{name} is missing"
+            if size is not None and found != size:
+                return f"{name} has {found} bytes instead of {size}"
+        return None
+
     def save(self, folder: Path) -> None:
         """Write `compile.json` into `folder`."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -137,8 +161,10 @@ class CompiledModel:
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
             return CompiledModel(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise CorruptFile(
-                f"the compiled model in {folder.name} is damaged ({error}); pull it again"
+                f"the compiled model in {folder.name} is damaged ({COMPILE_FILE}: {reason}); "
+                "pull it again"
             ) from error
 
 
@@ -149,7 +175,7 @@ class RunSpec:
     model: str  # the installed name, for messages
     folder: str  # models/compiled/<key>
     execution_provider: str = "auto"  # auto | CPU | CUDA
-    context_tokens: int = 0  # 0 = the model's own, at most 32768
+    context_tokens: int = 0  # 0 = the model's own, at most DEFAULT_CONTEXT_TOKENS
     slots: int = 8
     max_queue: int = 64
     prefill_tokens: int = 256  # prompt tokens computed per step at most

@@ -32,7 +32,7 @@ from .hashing import sha256_of
 from .leases import Lease
 from .locks import FileLock, locked
 from .manifests import Scan, check_hex
-from .records import GRAPH_FILE, Artifact, CompiledModel, InstallRecord
+from .records import Artifact, CompiledModel, InstallRecord
 
 __all__ = ["GcReport", "Removed", "Repository", "Scan"]
 
@@ -106,16 +106,9 @@ class Repository:
         if not folder.is_dir():
             return "it is not there"
         try:
-            compiled = CompiledModel.load(folder)
+            return CompiledModel.load(folder).damage(folder)
         except CorruptFile as error:
             return error.message
-        for name, size in {GRAPH_FILE: None, **compiled.files}.items():
-            found = _size(folder / name)
-            if found is None:
-                return f"{name} is missing"
-            if size is not None and found != size:
-                return f"{name} has {found} bytes instead of {size}"
-        return None
 
     def check_space(self, needed_bytes: int, what: str) -> None:
         """Raise DiskFull, with both numbers, unless `needed_bytes` more fit beside the models."""

@@ -13,8 +13,6 @@ from ohmygpu.runtime_api import Runtime, RuntimeCaps, RuntimeStatus
 
 from .cards import ModelCard
 
-DEFAULT_CONTEXT_TOKENS = 32768  # the longest context served unless engine.context_tokens says more
-
 
 class ManagedRuntime(Runtime, Protocol):
     """A Runtime that can tell without waiting whether its model is still there."""
@@ -103,7 +101,5 @@ def estimate_bytes(card: ModelCard, settings: Settings) -> int:
     KV memory is mapped lazily, so eight slots of short conversations take no more than that.
     """
     compiled = card.compiled
-    context = settings.engine.context_tokens or min(compiled.context_length, DEFAULT_CONTEXT_TOKENS)
-    element_bytes = 2 if compiled.kv_dtype == "float16" else 4
-    kv_bytes_per_token = 2 * compiled.layers * compiled.kv_heads * compiled.head_dim * element_bytes
-    return compiled.weights_bytes * 11 // 10 + context * kv_bytes_per_token
+    context_tokens = compiled.served_context_tokens(settings.engine.context_tokens)
+    return compiled.weights_bytes * 11 // 10 + context_tokens * compiled.kv_bytes_per_token

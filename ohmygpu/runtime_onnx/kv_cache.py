@@ -27,14 +27,6 @@ from ohmygpu.core.records import CompiledModel
 
 Array = NDArray[Any]
 
-_DTYPES = {"float32": np.float32, "float16": np.float16}
-
-
-def kv_bytes_per_token(compiled: CompiledModel) -> int:
-    """Bytes of keys and values of one position over all layers."""
-    itemsize = np.dtype(_DTYPES[compiled.kv_dtype]).itemsize
-    return 2 * compiled.layers * compiled.kv_heads * compiled.head_dim * itemsize
-
 
 class KVCache(Protocol):
     """Slots of keys and values. `extent[slot]` counts the slot's valid positions."""
@@ -92,7 +84,7 @@ class HostKVCache:
         self._names = tensor_names(compiled.layers)
         self._rows = list(range(slots))  # slot → row
         self._slots = list(range(slots))  # row → slot
-        self._dtype = np.dtype(_DTYPES[compiled.kv_dtype])
+        self._dtype = np.dtype(compiled.kv_dtype)
         shape = (slots, compiled.kv_heads, context_tokens, compiled.head_dim)
         self._maps: list[mmap.mmap] = []
         self._tensors: list[Array] = []  # (slots, K, T, D) each
@@ -188,7 +180,7 @@ class DeviceKVCache:
         self.context_tokens = context_tokens
         self.extent = [0] * slots
         self._names = tensor_names(compiled.layers)
-        self._dtype = np.dtype(_DTYPES[compiled.kv_dtype])
+        self._dtype = np.dtype(compiled.kv_dtype)
         self._row_shape = (compiled.kv_heads, context_tokens, compiled.head_dim)
         self._row_bytes = prod(self._row_shape) * self._dtype.itemsize
         self._buffers = [
@@ -236,7 +228,7 @@ def fit_device(
     Slots go first, down to one, then context, since a shorter context changes what a request may
     be. Raises OutOfMemory when not even 512 tokens fit.
     """
-    per_token = kv_bytes_per_token(compiled)
+    per_token = compiled.kv_bytes_per_token
     slots = max(1, min(slots, budget_bytes // (per_token * context_tokens)))
     if per_token * context_tokens > budget_bytes:
         context_tokens = budget_bytes // per_token // 64 * 64

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile
-from ohmygpu.core.records import COMPILE_FILE, GRAPH_FILE, CompiledModel
+from ohmygpu.core.records import CompiledModel
 
 from .kv_cache import KVCache
 
@@ -48,21 +48,9 @@ def check_files(folder: Path) -> CompiledModel:
     Raises CorruptFile, naming the file, when one is missing or has another size.
     """
     compiled = CompiledModel.load(folder)
-    for name, size in compiled.files.items():
-        try:
-            found = (folder / name).stat().st_size
-        except OSError as error:
-            raise CorruptFile(
-                f"{name} of the compiled model is missing; pull the model again", file=name
-            ) from error
-        if found != size:
-            raise CorruptFile(
-                f"{name} of the compiled model has {found} bytes instead of {size}; pull the model "
-                "again",
-                file=name,
-            )
-    if not (folder / GRAPH_FILE).is_file():
-        raise CorruptFile(f"{GRAPH_FILE} is missing beside {COMPILE_FILE}; pull the model again")
+    damage = compiled.damage(folder)
+    if damage is not None:
+        raise CorruptFile(f"{damage} in the compiled model; pull the model again")
     return compiled
 
 

@@ -23,7 +23,7 @@ from ohmygpu.runtime_api import (
 )
 
 from .engine import Engine, StepOutput
-from .kv_cache import DeviceKVCache, HostKVCache, KVCache, fit_device, kv_bytes_per_token
+from .kv_cache import DeviceKVCache, HostKVCache, KVCache, fit_device
 from .loop import EngineLoop
 from .model import OnnxModel, check_files
 from .scheduler import Scheduler
@@ -33,7 +33,6 @@ from .tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_TOKENS = 32768
 _PACKED_WEIGHTS = 1.25  # ONNX Runtime repacks weights for the CPU; measured 1.2 times the file
 _WORKING_BYTES = 128 << 20  # interpreter, libraries, activations of one prompt chunk
 _MIN_KV_TOKENS = 512  # one short conversation must fit
@@ -91,14 +90,13 @@ def load_model(spec: RunSpec) -> LoadedModel:
         chat=tokenizer.has_template,
         execution_provider=opened.execution_provider,
         weights_bytes=compiled.weights_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(compiled),
+        kv_bytes_per_token=compiled.kv_bytes_per_token,
     )
     return LoadedModel(engine, tokenizer, caps, opened.note)
 
 
 def choose_context(spec: RunSpec, compiled: CompiledModel) -> int:
     """Context in tokens: what `spec` asks for, else the model's own up to 32768; never more."""
-    wanted = spec.context_tokens or DEFAULT_CONTEXT_TOKENS
     if spec.context_tokens > compiled.context_length:
         _logger.warning(
             "%s holds at most %d tokens of context, not %d",
@@ -106,7 +104,7 @@ def choose_context(spec: RunSpec, compiled: CompiledModel) -> int:
             compiled.context_length,
             spec.context_tokens,
         )
-    return min(wanted, compiled.context_length)
+    return compiled.served_context_tokens(spec.context_tokens)
 
 
 def choose_threads(spec: RunSpec, compiled: CompiledModel, cores: int) -> int:
@@ -123,7 +121,7 @@ def check_memory(compiled: CompiledModel, context_tokens: int, free_bytes: int) 
 
     Zero free bytes means that the system does not say.
     """
-    kv_bytes = kv_bytes_per_token(compiled) * min(context_tokens, _MIN_KV_TOKENS)
+    kv_bytes = compiled.kv_bytes_per_token * min(context_tokens, _MIN_KV_TOKENS)
     needed = int(compiled.weights_bytes * _PACKED_WEIGHTS) + kv_bytes + _WORKING_BYTES
     if 0 < free_bytes < needed:
         raise OutOfMemory(

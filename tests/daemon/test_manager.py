@@ -4,6 +4,7 @@ import asyncio
 import math
 import shutil
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ async def test_idle_models_are_evicted_until_the_new_one_fits_in_memory(setup: S
         async with manager.acquire(manager.card(name)):
             pass
     assert runtimes.unloaded == ["org/a:latest"]
+
+
+def test_a_context_beyond_the_models_own_takes_no_more_memory(setup: Setup) -> None:
+    card = setup.manager.card("org/a")
+    own = card.compiled.context_length
+    settings = setup.manager.settings
+    needed = {
+        estimate_bytes(
+            card, replace(settings, engine=replace(settings.engine, context_tokens=tokens))
+        )
+        for tokens in (own, own + 1, 2**31 - 1)
+    }
+    assert len(needed) == 1
 
 
 async def test_a_model_larger_than_the_memory_is_refused_with_both_numbers(setup: Setup) -> None:

@@ -14,7 +14,6 @@ from ohmygpu.core.records import CompiledModel
 from ohmygpu.runtime_onnx.kv_cache import (
     HostKVCache,
     fit_device,
-    kv_bytes_per_token,
     tensor_names,
 )
 
@@ -142,7 +141,7 @@ def test_released_positions_read_as_zero_and_kept_ones_stay(compiled: CompiledMo
 def test_a_mapped_context_is_not_resident_until_it_is_written(compiled: CompiledModel) -> None:
     cache = HostKVCache(compiled, 64, 32768)  # 64 slots: half a GiB of addresses
     mapped = sum(tensor.nbytes for tensor in cache._tensors)
-    assert mapped == 64 * 32768 * kv_bytes_per_token(compiled)
+    assert mapped == 64 * 32768 * compiled.kv_bytes_per_token
     status = Path("/proc/self/smaps_rollup")
     if status.exists():
         before = _private_bytes(status)
@@ -156,7 +155,7 @@ def _private_bytes(status: Path) -> int:
 
 
 def test_a_gpu_gets_fewer_slots_before_it_gets_a_shorter_context(compiled: CompiledModel) -> None:
-    row = 2048 * kv_bytes_per_token(compiled)
+    row = 2048 * compiled.kv_bytes_per_token
     assert fit_device(compiled, 8, 2048, 100 * row) == (8, 2048)
     assert fit_device(compiled, 8, 2048, 3 * row) == (3, 2048)
     assert fit_device(compiled, 8, 2048, row // 2) == (1, 1024)
