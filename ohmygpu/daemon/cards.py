@@ -69,7 +69,8 @@ def read_card(record: InstallRecord, folder: Path) -> ModelCard:
         template = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, ValueError) as error:
         raise CorruptFile(
-            f"the chat template of {record.full_name} is damaged ({error}); pull it again"
+            f"the chat template of {record.full_name} is damaged ({_reason(error)}); remove it "
+            "with omg model rm, then pull it again"
         ) from error
     return ModelCard(record=record, compiled=compiled, template=template, folder=folder)
 
@@ -87,7 +88,8 @@ def read_vocabulary(card: ModelCard) -> tuple[list[str], list[str]]:
         return tokens, [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFile(
-            f"the tokenizer of {card.record.full_name} is damaged ({error}); pull it again"
+            f"the tokenizer of {card.record.full_name} is damaged ({_reason(error)}); remove it "
+            "with omg model rm, then pull it again"
         ) from error
 
 
@@ -98,3 +100,8 @@ def _tokens_by_id(vocab: Any, added: list[dict[str, Any]]) -> list[str]:
         by_id = {token_id: entry[0] for token_id, entry in enumerate(vocab)}
     by_id.update({int(entry["id"]): entry["content"] for entry in added})
     return [by_id.get(token_id, "") for token_id in range(max(by_id, default=-1) + 1)]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path that an OSError shows."""
+    return str(error.strerror if isinstance(error, OSError) else error)

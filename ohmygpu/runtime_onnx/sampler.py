@@ -145,8 +145,8 @@ def _check_finite(largest: list[np.float32]) -> None:
     bad = [row for row, logit in enumerate(largest) if not np.isfinite(logit)]
     if bad:
         raise RuntimeFailure(
-            "the model computed logits that are not numbers; its weights may be damaged: pull it "
-            "again, or compile it with another recipe",
+            "the model computed logits that are not numbers; its weights may be damaged: "
+            "remove it with omg model rm and pull it again, or compile it with another recipe",
             rows=bad,
         )
 

@@ -134,12 +134,15 @@ def _create(onnxruntime: Any, folder: Path, options: Any, providers: list[Any]) 
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].replace(f"{folder}/", "")
         kind = type(error).__name__
         if isinstance(error, MemoryError) or "bad_alloc" in reason or "allocate" in reason.lower():
             raise OutOfMemory(f"the model does not fit in memory: {reason}") from error
         if kind in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile"):
+            # A pull takes a file of the right size for whole, so the model must go first.
             raise CorruptFile(
-                f"{GRAPH_FILE} is damaged ({reason}); pull the model again", file=GRAPH_FILE
+                f"{GRAPH_FILE} is damaged ({reason}); remove it with omg model rm, then pull the "
+                "model again",
+                file=GRAPH_FILE,
             ) from error
         raise RuntimeFailure(f"ONNX Runtime cannot load the model: {reason}") from error

