@@ -6,7 +6,7 @@ process; `daemon.worker.WorkerRuntime` implements it by talking to that process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -187,8 +187,8 @@ class Runtime(Protocol):
         """A snapshot; never blocks on the engine and never raises."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """Stream the answer (an async generator: closing it aborts, the slot is free next step).
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Stream the answer; closing the generator aborts, and the slot is free at the next step.
 
         Raises, at the first `__anext__`: InvalidRequest, ContextLengthExceeded, Busy (queue full);
         at any: RuntimeFailure when the model dies.

@@ -11,7 +11,6 @@ folder to whoever started it, as soon as standard input is closed: its parent is
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -24,16 +23,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ohmygpu.core.child import die_with_parent
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, OutOfMemory, RuntimeFailure
 
 _PROGRESS_INTERVAL_S = 0.1
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _NICENESS = 5  # a compile yields to the models being served
 
 
 def main() -> int:
     """Read a job, compile, report. Returns 0, or 1 after an error line."""
-    _end_with_parent()
+    _settle_in()
     job = sys.stdin.buffer.readline()
     threading.Thread(target=_watch_stdin, daemon=True).start()
     output = _take_stdout()
@@ -99,11 +98,10 @@ def _watch_stdin() -> None:
     os._exit(1)
 
 
-def _end_with_parent() -> None:
+def _settle_in() -> None:
     if hasattr(os, "nice"):
         os.nice(_NICENESS)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 

@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ohmygpu.core.child import python_module, without_secrets
 from ohmygpu.core.errors import Cancelled, OhMyGPUError, OutOfMemory
 from ohmygpu.core.records import CompiledModel
 
-# -P: a file of the working folder must not pass for a module of the standard library.
-COMPILER: tuple[str, ...] = (sys.executable, "-P", "-m", "ohmygpu.convert")
+COMPILER = python_module("ohmygpu.convert")
 
 _MAX_LINE_BYTES = 1 << 20
 _POLL_S = 0.1  # how long a cancel may wait
@@ -69,13 +69,12 @@ def compile_in_subprocess(
 @contextmanager
 def _process(command: Sequence[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """The compiler, running; killed and reaped at the end of the block, however that ends."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=environment,
+        env=without_secrets(os.environ),
         start_new_session=True,  # Ctrl-C is ours to handle
     ) as process:
         try:

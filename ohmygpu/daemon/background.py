@@ -6,11 +6,11 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from ohmygpu.core.child import python_module
 from ohmygpu.core.errors import ConfigError, DaemonError, OhMyGPUError
 from ohmygpu.core.settings import Settings, describe, load_settings
 
@@ -38,7 +38,7 @@ def daemonize(settings: Settings) -> tuple[int, str]:
     try:
         with stderr:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ohmygpu.daemon", "--ready-fd", str(writing)],
+                [*python_module("ohmygpu.daemon"), "--ready-fd", str(writing)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

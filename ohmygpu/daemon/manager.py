@@ -116,8 +116,7 @@ class ModelManager:
         """Acquire and generate; closing it frees the slot. `on_load` is told the load's seconds."""
         async with self.acquire(card, keep_alive_s) as lease:
             on_load(lease.load_s)
-            deltas = lease.runtime.generate(request)
-            async with contextlib.aclosing(deltas):  # type: ignore[type-var]
+            async with contextlib.aclosing(lease.runtime.generate(request)) as deltas:
                 async for delta in deltas:
                     yield delta
 

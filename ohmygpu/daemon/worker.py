@@ -14,11 +14,11 @@ import logging
 import os
 import signal
 import socket
-import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ohmygpu import runtime_wire as wire
+from ohmygpu.core.child import python_module, without_secrets
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, RuntimeFailure
 from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import (
@@ -26,6 +26,7 @@ from ohmygpu.runtime_api import (
     FinishReason,
     GenerateRequest,
     RuntimeCaps,
+    RuntimeState,
     RuntimeStatus,
     delta_from_plain,
     to_plain,
@@ -39,7 +40,6 @@ EXIT_TIMEOUT_S = 5.0  # after "unload", before SIGTERM
 TERM_TIMEOUT_S = 2.0  # after SIGTERM, before SIGKILL
 _LOG_READ_BYTES = 8192
 _LOG_LINE_BYTES = 4096
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"  # weights in huge pages: 5 to 8 % faster decode
 
 _logger = logging.getLogger("ohmygpu.worker")
@@ -54,10 +54,7 @@ class WorkerRuntime:
 
     def __init__(self, spec: RunSpec, command: Sequence[str] | None = None) -> None:
         self.spec = spec
-        # -P: a folder named ohmygpu where the daemon was started must not be run instead.
-        self._command = tuple(
-            command or (sys.executable, "-P", "-m", "ohmygpu.runtime_onnx.worker")
-        )
+        self._command = tuple(command or python_module("ohmygpu.runtime_onnx.worker"))
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,8 +113,8 @@ class WorkerRuntime:
         if self._caps is None:
             if self._process is not None:
                 return RuntimeStatus(state="loading")
-            state = "error" if self._state_detail else "unloaded"
-            return RuntimeStatus(state=state, detail=self._state_detail)  # type: ignore[arg-type]
+            state: RuntimeState = "error" if self._state_detail else "unloaded"
+            return RuntimeStatus(state=state, detail=self._state_detail)
         request_id = self._new_id()
         answer: asyncio.Future[RuntimeStatus] = asyncio.get_running_loop().create_future()
         self._health[request_id] = answer
@@ -323,9 +320,9 @@ class WorkerRuntime:
         return self._next_id
 
 
-def worker_environment(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The daemon's environment for a worker: without tokens, with huge pages for the weights."""
-    result = {key: value for key, value in environment.items() if key not in _SECRET_VARIABLES}
+    result = without_secrets(environment)
     tunables = result.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.hugetlb" not in tunables:
         result["GLIBC_TUNABLES"] = f"{tunables}:{_HUGE_PAGES}" if tunables else _HUGE_PAGES

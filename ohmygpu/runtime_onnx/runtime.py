@@ -7,7 +7,7 @@ import itertools
 import logging
 import mmap
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +180,7 @@ class OnnxRuntime:
             return RuntimeStatus(state=self._state, detail=self._detail)
         return status_of(self._loop, self._state, self._detail)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Stream the answer; closing the generator aborts."""
         if self._loop is None:
             raise RuntimeFailure(f"{self._spec.model} is not loaded")

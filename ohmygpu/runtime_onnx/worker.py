@@ -13,7 +13,6 @@ and on Linux at its death, the process exits at once.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ohmygpu.core.child import die_with_parent
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, RuntimeFailure
 from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import RuntimeState, request_from_plain, to_plain
@@ -36,7 +36,6 @@ from .runtime import load_model, status_of
 _logger = logging.getLogger(__name__)
 
 _EXIT_BROKEN = 70  # sysexits: internal software error
-_PR_SET_PDEATHSIG = 1
 
 
 class Connection:
@@ -168,12 +167,6 @@ def serve(fd: int, spec: RunSpec) -> NoReturn:
         _logger.critical("the connection to the daemon broke: %s", error)
         status = _EXIT_BROKEN
     _exit(status)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends (Linux; else end of file does it)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _exit(status: int) -> NoReturn:

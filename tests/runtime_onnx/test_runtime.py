@@ -110,7 +110,7 @@ async def test_closing_the_stream_aborts_and_frees_the_slot(runtime: OnnxRuntime
     stream = runtime.generate(request("x" * 100, max_tokens=None))
     await anext(stream)
     assert (await runtime.health()).running == 1
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     text, _ = await collect(runtime, request())  # one round trip: the abort came before it
     assert len(text) == 6
     status = await runtime.health()
@@ -137,7 +137,7 @@ async def test_a_full_queue_refuses_at_once(runtime: OnnxRuntime) -> None:
     assert caught.value.retry_after_s is not None
     await asyncio.gather(*firsts)
     for stream in streams:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
     assert len((await collect(runtime, request()))[0]) == 6
 
 
