@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -86,7 +85,6 @@ def compile_source(
         files=_sizes(output),
     )
     compiled.save(output)
-    _sync(output)
     return compiled
 
 
@@ -109,19 +107,3 @@ def write_graph(
 def _sizes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.iterdir()) if path.name != COMPILE_FILE)
     return {path.name: path.stat().st_size for path in files}
-
-
-def _sync(folder: Path) -> None:
-    """Flush the small files and the folder itself; the graph's own files are flushed already."""
-    for path in folder.iterdir():
-        _fsync(path)
-    if os.name == "posix":
-        _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -86,11 +86,6 @@ class GgufSource:
         self.quantization = _quantization(self.model)
         self.total_bytes = sum(self._tensor(name).nbytes for name in self._placements)
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The GGUF metadata as stored."""
-        return self.model.metadata
-
     def read(self, name: str) -> Float32:
         """A whole tensor as float32."""
         tensor = self._tensor(name)

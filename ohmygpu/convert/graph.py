@@ -7,7 +7,6 @@ calls give the same bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ class Graph:
         return self.constant(name, array)
 
     def save(self, producer_version: str) -> None:
-        """Write `model.onnx` and flush both files to the disk."""
+        """Write `model.onnx`; both files are complete then (making them durable is the store's)."""
         graph = helper.make_graph(
             self._nodes, "model", self._inputs, self._outputs, self._initializers
         )
@@ -142,11 +141,7 @@ class Graph:
             producer_version=producer_version,
         )
         self._data.flush()
-        os.fsync(self._data.fileno())
-        with (self._folder / GRAPH_FILE).open("wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-            file.flush()
-            os.fsync(file.fileno())
+        (self._folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
 
     def _external(
         self, name: str, dtype: np.dtype[Any] | type, shape: Sequence[int], start: int, nbytes: int

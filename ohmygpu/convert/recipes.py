@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 from ohmygpu.core.errors import InvalidRequest
 
 GROUP = 32  # weights that share a scale
 
 SMALL_FLOAT_BYTES = 1 << 30  # about 270 million weights
-
-TargetName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,6 @@ class Recipe:
     body_bits: int | None
     sensitive_bits: int | None
     head_bits: int | None  # token embedding and LM head: sensitive too, and shared when tied
-    about: str = field(compare=False)
 
     def bits(self, name: str, layers: int) -> int | None:
         """Bits of the body's matrix with this Hugging Face name, in a model of `layers` layers."""
@@ -75,10 +71,10 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "f32": Recipe("f32", 0, 0, 0, "weights untouched, float32"),
-        "q8": Recipe("q8", 8, 8, 8, "8 bits, groups of 32: close to lossless"),
-        "q4": Recipe("q4", 4, 8, 8, "4 bits, groups of 32, 8 where it matters most: smallest"),
-        "exact": Recipe("exact", None, None, None, "the blocks of a GGUF file, bit for bit"),
+        "f32": Recipe("f32", 0, 0, 0),  # weights untouched
+        "q8": Recipe("q8", 8, 8, 8),  # close to lossless
+        "q4": Recipe("q4", 4, 8, 8),  # smallest
+        "exact": Recipe("exact", None, None, None),  # the blocks of a GGUF file, bit for bit
     }
 )
 

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, InvalidRequest, UnsupportedModel
+from ohmygpu.core.model_files import PICKLE_SUFFIXES
 
 SourceFormat = Literal["safetensors", "gguf"]
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 ROWS_CHUNK_ELEMENTS = 1 << 21  # work on about 2M weights at once: 8 MiB as float32
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +167,7 @@ def open_source(files: Mapping[str, Path]) -> Source:
         from .safetensors import SafetensorsSource
 
         return SafetensorsSource(files)
-    pickles = [name for name in files if name.lower().endswith(_PICKLE_SUFFIXES)]
+    pickles = [name for name in files if name.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise UnsupportedModel(
             f"the weights are in {min(pickles)}, a format that can run code when opened; "

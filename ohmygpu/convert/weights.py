@@ -4,7 +4,6 @@ time.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.core.hardware import logical_cores
 
 from .graph import Graph
 from .quantize import quantize_rows
@@ -22,6 +22,9 @@ from .recipes import GROUP, Recipe, Target
 from .source import Source, row_chunks
 
 Float32 = NDArray[np.float32]
+
+_MAX_WORKERS = 8  # beyond that the disk is the limit
+
 Progress = Callable[[int, int], None]
 """Called with (done_bytes, total_bytes) of the source."""
 
@@ -84,7 +87,8 @@ class Weights:
         self._matrices: dict[tuple[str, ...], Matrix] = {}
         self._elements = sum(info.elements for info in source.tensors.values()) or 1
         self._done_elements = 0
-        self._pool = ThreadPoolExecutor(workers := _processors(), "quantise")
+        workers = min(logical_cores(), _MAX_WORKERS)
+        self._pool = ThreadPoolExecutor(workers, "quantise")
         self._ahead = workers + 1  # pieces in flight: bounds the memory
 
     def close(self) -> None:
@@ -245,9 +249,3 @@ def _finished(
     name, job = pending.popleft()
     quantized = job.result()
     return name, quantized.codes, quantized.scales, None
-
-
-def _processors() -> int:
-    """Cores this process may use, at most 8: beyond that the disk is the limit."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, instruction sets, NVIDIA GPUs. Standard library only.
+"""What this machine has: cores, memory, NVIDIA GPUs. Standard library only.
 
 Limits of the process count, not those of the machine: CPU affinity, and the CPU and memory limits
 of its control groups (containers), versions 1 and 2.
@@ -21,17 +21,6 @@ from pathlib import Path
 MIN_DRIVER = 580  # the first NVIDIA driver with CUDA 13
 MIN_COMPUTE_CAPABILITY = (7, 5)
 
-# our name → what Linux (x86, then Arm) and macOS call it; any one is enough
-_FEATURES = {
-    "avx2": ("avx2", "hw.optional.avx2_0"),
-    "avx512": ("avx512f", "hw.optional.avx512f"),
-    "vnni": ("avx512_vnni", "avx_vnni", "hw.optional.avx512vnni"),
-    "amx": ("amx_int8",),
-    "dotprod": ("asimddp", "hw.optional.arm.FEAT_DotProd"),
-    "i8mm": ("i8mm", "hw.optional.arm.FEAT_I8MM"),
-    "sve": ("sve",),
-    "bf16": ("avx512_bf16", "bf16", "hw.optional.arm.FEAT_BF16"),
-}
 _NO_LIMIT_BYTES = 1 << 60  # control groups of version 1 write "no limit" as a huge number
 
 
@@ -54,34 +43,6 @@ class Gpu:
             found = ".".join(map(str, self.compute_capability))
             return f"compute capability {found} is below 7.5"
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What this process may use."""
-
-    machine: str  # "x86_64", "arm64", …
-    cpu: str
-    physical_cores: int
-    logical_cores: int
-    memory_bytes: int
-    memory_available_bytes: int
-    features: frozenset[str]  # of avx2 avx512 vnni amx dotprod i8mm sve bf16
-    gpus: tuple[Gpu, ...]
-
-
-def detect() -> Hardware:
-    """Look at the machine. Takes milliseconds, or as long as nvidia-smi does (at most 10 s)."""
-    return Hardware(
-        machine=platform.machine().lower(),
-        cpu=cpu_name(),
-        physical_cores=physical_cores(),
-        logical_cores=logical_cores(),
-        memory_bytes=memory_bytes(),
-        memory_available_bytes=memory_available_bytes(),
-        features=cpu_features(),
-        gpus=nvidia_gpus(),
-    )
 
 
 def target(execution_provider: str = "auto") -> str:
@@ -120,15 +81,6 @@ def physical_cores(root: Path = Path("/")) -> int:
     return max(1, min(len(cores), math.ceil(quota)) if quota else len(cores))
 
 
-def memory_bytes(root: Path = Path("/")) -> int:
-    """Memory this process may use in all."""
-    if sys.platform == "darwin":
-        return int(_sysctl("hw.memsize") or 0)
-    total = _meminfo(root).get("MemTotal", 0)
-    limits = [limit for limit, _ in _memory_groups(root)]
-    return min([total, *limits])
-
-
 def memory_available_bytes(root: Path = Path("/")) -> int:
     """Memory this process can still take without swapping; caches that can be dropped count."""
     if sys.platform == "darwin":
@@ -136,31 +88,6 @@ def memory_available_bytes(root: Path = Path("/")) -> int:
     info = _meminfo(root)
     available = info.get("MemAvailable", info.get("MemFree", 0) + info.get("Cached", 0))
     return max(0, min([available, *(limit - used for limit, used in _memory_groups(root))]))
-
-
-def cpu_features(root: Path = Path("/")) -> frozenset[str]:
-    """The instruction sets of interest that the processor has."""
-    if sys.platform == "darwin":
-        names = [name for group in _FEATURES.values() for name in group if name.startswith("hw.")]
-        found = {name for name in names if _sysctl(name) == "1"}
-    else:
-        found = set()
-        for line in _read(root / "proc/cpuinfo").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() in ("flags", "features"):
-                found = set(value.split())
-                break
-    return frozenset(
-        feature for feature, names in _FEATURES.items() if any(name in found for name in names)
-    )
-
-
-def cpu_name(root: Path = Path("/")) -> str:
-    """The processor's name for people."""
-    if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:

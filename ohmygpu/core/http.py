@@ -26,7 +26,6 @@ from .errors import ConfigError, NetworkError, OhMyGPUError, RateLimited
 MAX_REDIRECTS = 10
 MAX_REPLY_BYTES = 32 << 20  # a metadata reply; the largest known file lists are a few MiB
 REPLY_DEADLINE_S = 60.0
-MAX_POLITE_WAIT_S = 60.0  # a longer Retry-After ends the try instead
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _RATE_LIMIT_RESET = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,6})")
 

@@ -116,17 +116,13 @@ class Scheduler:
         """True when the next plan is not empty."""
         return bool(self._waiting or self._prefilling or self._decoding)
 
-    def check_capacity(self, more: int = 1) -> None:
-        """Raise Busy unless `more` further sequences may be submitted."""
-        if self.running + self.waiting + more > self.slots + self.max_queue:
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises Busy when the queue is full."""
+        if self.running + self.waiting >= self.slots + self.max_queue:
             raise Busy(
                 f"{self.running} requests are running and {self.waiting} are waiting, as many as "
                 "the queue takes; try again later"
             )
-
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises Busy when the queue is full."""
-        self.check_capacity()
         self._waiting.append(sequence)
 
     def schedule(self, prefill_tokens: int | None = None) -> StepPlan:

@@ -78,7 +78,6 @@ MEMINFO = "MemTotal:       16777216 kB\nMemFree: 1048576 kB\nMemAvailable:   838
 
 def test_memory_without_limits_is_the_machines(tmp_path: Path) -> None:
     machine(tmp_path, proc__meminfo=MEMINFO)
-    assert hardware.memory_bytes(tmp_path) == 16 * GIB
     assert hardware.memory_available_bytes(tmp_path) == 8 * GIB
 
 
@@ -91,7 +90,6 @@ def test_a_memory_limit_of_version_2_counts_without_droppable_cache(tmp_path: Pa
     }
     machine(tmp_path / "sys/fs/cgroup/job", **texts)
     machine(tmp_path / "sys/fs/cgroup", **{"memory.max": "max"})
-    assert hardware.memory_bytes(tmp_path) == 4 * GIB
     assert hardware.memory_available_bytes(tmp_path) == 2 * GIB
 
 
@@ -99,30 +97,9 @@ def test_a_memory_limit_of_version_1_counts(tmp_path: Path) -> None:
     machine(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="3:memory:/\n")
     texts = {"memory.limit_in_bytes": str(2 * GIB), "memory.usage_in_bytes": str(3 * GIB)}
     machine(tmp_path / "sys/fs/cgroup/memory", **texts)
-    assert hardware.memory_bytes(tmp_path) == 2 * GIB
     assert hardware.memory_available_bytes(tmp_path) == 0
     machine(tmp_path / "sys/fs/cgroup/memory", **{"memory.limit_in_bytes": str(2**63 - 4096)})
-    assert hardware.memory_bytes(tmp_path) == 16 * GIB
-
-
-@pytest.mark.parametrize(
-    ("line", "features"),
-    [
-        ("flags\t\t: fpu avx avx2 fma", {"avx2"}),
-        ("flags : avx2 avx512f avx512_vnni amx_int8 avx512_bf16", hardware._FEATURES.keys()),
-        ("flags : avx2 avx_vnni", {"avx2", "vnni"}),
-        ("Features\t: fp asimd asimddp i8mm sve bf16", {"dotprod", "i8mm", "sve", "bf16"}),
-        ("processor : 0", set()),
-    ],
-)
-def test_instruction_sets_are_read_from_the_flags(
-    tmp_path: Path, line: str, features: set[str]
-) -> None:
-    machine(tmp_path, proc__cpuinfo=f"model name\t: A CPU @ 2GHz\n{line}\n")
-    arm = {"dotprod", "i8mm", "sve"}
-    expected = set(features) - arm if "amx_int8" in line else set(features)
-    assert hardware.cpu_features(tmp_path) == expected
-    assert hardware.cpu_name(tmp_path) == "A CPU @ 2GHz"
+    assert hardware.memory_available_bytes(tmp_path) == 8 * GIB
 
 
 def test_a_line_of_nvidia_smi_is_a_gpu() -> None:
@@ -191,7 +168,5 @@ def test_the_target_is_cuda_only_where_it_can_run_or_is_asked_for(
 
 
 def test_this_machine_has_cores_and_memory() -> None:
-    found = hardware.detect()
-    assert 1 <= found.physical_cores <= found.logical_cores
-    assert 0 < found.memory_available_bytes <= found.memory_bytes
-    assert found.features <= set(hardware._FEATURES)
+    assert 1 <= hardware.physical_cores() <= hardware.logical_cores()
+    assert hardware.memory_available_bytes() > 0
