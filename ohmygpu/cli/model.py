@@ -11,10 +11,11 @@ import click
 from ohmygpu.core.errors import CorruptFile
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
+from ohmygpu.core.sizes import human_bytes, human_count
 
 from .catalogue import Catalogue
 from .options import json_option, model_name
-from .output import fields, human_age, human_bytes, human_count, line, note, table, write_json
+from .output import fields, human_age, line, note, table, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:

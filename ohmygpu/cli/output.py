@@ -91,31 +91,6 @@ def display_width(text: str) -> int:
     )
 
 
-def human_bytes(count: float) -> str:
-    """`138 MB`, in powers of 1000 as disks and the hub count."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB"), " ")
-
-
-def human_count(count: float) -> str:
-    """`135M`, `1.54B`, as models are named."""
-    return _scaled(count, ("", "K", "M", "B", "T"), "")
-
-
-def _scaled(count: float, units: Sequence[str], space: str) -> str:
-    value = float(count)
-    for unit in units[:-1]:
-        if abs(value) < 999.5:
-            return f"{_three_digits(value)}{space}{unit}"
-        value /= 1000
-    return f"{_three_digits(value)}{space}{units[-1]}"
-
-
-def _three_digits(value: float) -> str:
-    digits = 0 if abs(value) >= 99.95 or value == int(value) else 1 if abs(value) >= 9.995 else 2
-    text = f"{value:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def human_duration(seconds: float) -> str:
     """`4 seconds`, `3 minutes`, `2 hours`, `5 days`: the largest whole unit."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):

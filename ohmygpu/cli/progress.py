@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from ohmygpu.core.events import Event
+from ohmygpu.core.sizes import human_bytes
 
-from .output import human_bytes, human_duration, is_terminal, note
+from .output import human_duration, is_terminal, note
 
 LABELS = {"download": "downloading", "verify": "verifying", "compile": "compiling"}
 _LINE_STEP = 10  # percent between two plain lines of one phase

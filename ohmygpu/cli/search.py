@@ -6,10 +6,11 @@ import click
 
 from ohmygpu.core.hub import Hub, SearchHit
 from ohmygpu.core.settings import load_settings
+from ohmygpu.core.sizes import human_bytes, human_count
 from ohmygpu.install import supported_model_types
 
 from .options import json_option
-from .output import human_bytes, human_count, note, table, write_json
+from .output import note, table, write_json
 
 _MAX_LIMIT = 100
 

@@ -14,10 +14,11 @@ from ohmygpu.client import Health, LoadedModel, connect, find_daemon
 from ohmygpu.core.errors import DaemonError, DaemonNotRunning, NotTheDaemon
 from ohmygpu.core.locks import is_locked
 from ohmygpu.core.settings import Settings, load_settings
+from ohmygpu.core.sizes import human_bytes
 
 from .errors import exit_code
 from .options import json_option, model_name
-from .output import fields, human_bytes, human_duration, line, note, table, write_json
+from .output import fields, human_duration, line, note, table, write_json
 
 _STOP_MARGIN_S = 10.0  # beyond the draining time, for unloading the models
 _POLL_S = 0.1

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import Cancelled, ConfigError, DiskFull
+from .sizes import human_bytes
 
 TEMPORARY = ".tmp-"
 _FICLONE = 0x40049409  # ioctl request of linux/fs.h
 _CHUNK_BYTES = 4 * 1024 * 1024
+_MAKE_ROOM = "remove a model (omg model rm), run omg model gc, or set OHMYGPU_HOME to a larger disk"
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -157,21 +159,11 @@ def check_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise disk_full(what, needed_bytes, free)
 
 
-def show_bytes(number: int) -> str:
-    """A size for people: `1.3 GB`."""
-    value, unit = float(number), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{number} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-
-
 def disk_full(what: str, needed_bytes: int, free: int) -> DiskFull:
     """The error for `what` (a noun phrase) needing more space than there is."""
     return DiskFull(
-        f"{what} needs {show_bytes(needed_bytes)} of disk space and {show_bytes(free)} are free; "
-        "remove a model (omg model rm), run omg model gc, or set OHMYGPU_HOME to a larger disk",
+        f"{what} needs {human_bytes(needed_bytes)} of disk space and {human_bytes(free)} are free; "
+        f"{_MAKE_ROOM}",
         needed_bytes=needed_bytes,
         free_bytes=free,
     )
@@ -199,8 +191,8 @@ def explain(error: OSError, home: Path, what: str) -> DiskFull | ConfigError | N
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(home)
         return DiskFull(
-            f"cannot write {what}: {os.strerror(error.errno)} ({show_bytes(free)} are free); "
-            "remove a model (omg model rm), run omg model gc, or set OHMYGPU_HOME to a larger disk",
+            f"cannot write {what}: {os.strerror(error.errno)} ({human_bytes(free)} are free); "
+            f"{_MAKE_ROOM}",
             free_bytes=free,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

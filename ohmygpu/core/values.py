@@ -12,18 +12,9 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from .durations import parse_go_duration
+
 _MAX_CHARACTERS = 2048
-_DURATION_UNITS_S = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,  # micro sign
-    "μs": 1e-6,  # Greek mu
-    "ms": 1e-3,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0,
-}
-_DURATION_PART = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(ns|us|µs|μs|ms|s|m|h)")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})")
 _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 _HOST = re.compile(r"[A-Za-z0-9_.:%\-\[\]]{1,253}")
@@ -32,10 +23,10 @@ Parser = Callable[[Any], Any]
 
 
 def parse_duration(value: str | float) -> float:
-    """Seconds, `inf` for "forever": what Ollama's keep_alive accepts. Raises ValueError.
+    """Seconds, `inf` for ever: what Ollama's OLLAMA_KEEP_ALIVE accepts. Raises ValueError.
 
-    A number, or text with a number, is seconds; other text is one or more numbers with a unit of
-    ns, us, ms, s, m, h as in Go: `5m`, `1h30m`, `1.5h`. Anything negative means forever.
+    A number, or text with a number, is seconds; other text is a duration of Go's: `5m`, `1h30m`,
+    `1.5h`. Anything negative means for ever.
     """
     wrong = ValueError('must be a duration: seconds, "5m", "1h30m", 0, or -1 for ever')
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -46,20 +37,14 @@ def parse_duration(value: str | float) -> float:
             raise wrong
         return math.inf if seconds < 0 else seconds
     text = value.strip()
-    if not text or len(text) > 64:
-        raise wrong
     if _NUMBER.fullmatch(text):
         seconds = float(text)
         return math.inf if seconds < 0 else seconds
-    negative, text = text.startswith("-"), text.lstrip("+") if text[0] == "+" else text
-    text = text.removeprefix("-")
-    seconds, position = 0.0, 0
-    while match := _DURATION_PART.match(text, position):
-        seconds += float(match[1]) * _DURATION_UNITS_S[match[2]]
-        position = match.end()
-    if position == 0 or position != len(text):
-        raise wrong
-    return math.inf if negative and seconds > 0 else seconds
+    try:
+        nanoseconds = parse_go_duration(text)
+    except ValueError:
+        raise wrong from None
+    return math.inf if nanoseconds < 0 else nanoseconds / 10**9
 
 
 def parse_bytes(value: str | int) -> int:

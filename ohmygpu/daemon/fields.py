@@ -7,10 +7,10 @@ as an absent field everywhere.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ohmygpu.core.durations import FOREVER_NS, parse_go_duration
 from ohmygpu.core.errors import InvalidRequest
 from ohmygpu.runtime_api import MAX_STOP_STRINGS, SamplingParams
 
@@ -27,18 +27,6 @@ ROLES = {  # as both APIs write them → as chat templates know them
 # a field that is accepted for some values: (whether a value asks for nothing, what to say if not)
 Neutral = tuple[Callable[[Any], bool], str]
 _INTEGERS = frozenset({"top_k", "repetition_window", "seed", "max_tokens"})
-_FOREVER_NS = 2**63 - 1  # the longest duration Go can hold; Ollama's "for ever"
-_UNIT_NS = {
-    "ns": 1,
-    "us": 10**3,
-    "µs": 10**3,  # U+00B5
-    "μs": 10**3,  # U+03BC
-    "ms": 10**6,
-    "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
-}
-_DURATION_PART = re.compile(r"([0-9]*)(?:\.([0-9]*))?([^0-9.]*)")
 
 
 def refuse(param: str, reason: str) -> InvalidRequest:
@@ -176,40 +164,18 @@ def parse_keep_alive(value: Any, param: str = "keep_alive") -> float | None:
     if value is None:
         return None
     if isinstance(value, str):
-        nanoseconds = _go_duration(value, param)
+        try:
+            nanoseconds = parse_go_duration(value)
+        except ValueError as error:
+            raise refuse(param, str(error)) from error
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-        nanoseconds = _FOREVER_NS if abs(value) >= 2**34 else int(value * 10**9)
+        nanoseconds = FOREVER_NS if abs(value) >= 2**34 else int(value * 10**9)
         nanoseconds = -1 if value < 0 else nanoseconds
     else:
         raise refuse(param, f"must be a number of seconds or a duration, not {kind(value)}")
-    if nanoseconds < 0 or nanoseconds >= _FOREVER_NS:
+    if nanoseconds < 0 or nanoseconds >= FOREVER_NS:
         return math.inf
     return nanoseconds / 10**9
-
-
-def _go_duration(text: str, param: str) -> int:
-    """Nanoseconds of a duration by the rules, and with the messages, of Go's time.ParseDuration."""
-    shown = f'"{text[:40]}"'
-    rest = text[1:] if text[:1] in ("+", "-") else text
-    if rest == "0":
-        return 0
-    total = 0
-    position = 0
-    while position < len(rest) or not rest:
-        part = _DURATION_PART.match(rest, position)
-        if part is None or len(rest) > 100 or not (part[1] or part[2]):
-            raise refuse(param, f"time: invalid duration {shown}")
-        whole, fraction, unit = part[1], part[2] or "", part[3]
-        if not unit:
-            raise refuse(param, f'time: missing unit in duration {shown}; write "5m" or a number')
-        if unit not in _UNIT_NS:
-            raise refuse(param, f'time: unknown unit "{unit}" in duration {shown}')
-        total += int(whole or 0) * _UNIT_NS[unit]
-        total += int(fraction or 0) * _UNIT_NS[unit] // 10 ** len(fraction)
-        if total > _FOREVER_NS:
-            raise refuse(param, f"time: invalid duration {shown}")
-        position = part.end()
-    return -total if text.startswith("-") else total
 
 
 # --- sampling ------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ohmygpu.core.errors import (
 from ohmygpu.core.records import InstallRecord, RunSpec
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import Settings, parse_duration
+from ohmygpu.core.sizes import human_bytes
 from ohmygpu.runtime_api import Delta, GenerateRequest, RuntimeCaps
 
 from .cards import ModelCard, read_card
@@ -352,8 +353,9 @@ class ModelManager:
         needed, free = estimate_bytes(entry.card, self.settings), self._free_bytes()
         if needed > free:
             return OutOfMemory(
-                f"{entry.card.name} needs about {_gib(needed)} of memory and {_gib(free)} are "
-                "free; close other programs, or use a smaller model or recipe",
+                f"{entry.card.name} needs about {human_bytes(needed)} of memory and "
+                f"{human_bytes(free)} are free; close other programs, or use a smaller model or "
+                "recipe",
                 needed_bytes=needed,
                 free_bytes=free,
             )
@@ -400,7 +402,3 @@ def _no_room(entry: Entry, obstacle: OhMyGPUError) -> Busy:
         retry_after_s=10,
         **obstacle.details,
     )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

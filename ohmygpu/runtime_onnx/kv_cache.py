@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ohmygpu.core.errors import OutOfMemory
 from ohmygpu.core.records import CompiledModel
+from ohmygpu.core.sizes import human_bytes
 
 Array = NDArray[Any]
 
@@ -235,8 +236,8 @@ def fit_device(
     if context_tokens < min(512, compiled.context_length):
         needed = per_token * 512
         raise OutOfMemory(
-            f"the GPU has {budget_bytes >> 20} MiB left for the context and the model needs at "
-            f"least {needed >> 20} MiB; unload other models or use a smaller one",
+            f"the GPU has {human_bytes(max(0, budget_bytes))} left for the context and the model "
+            f"needs at least {human_bytes(needed)}; unload other models or use a smaller one",
             needed_bytes=needed,
             free_bytes=max(0, budget_bytes),
         )
@@ -253,7 +254,7 @@ def _map_lazily(size_bytes: int) -> mmap.mmap:
         return mmap.mmap(-1, size_bytes, flags=flags)
     except OSError as error:
         raise OutOfMemory(
-            f"cannot map {size_bytes >> 20} MiB for the context ({error.strerror}); lower the "
+            f"cannot map {human_bytes(size_bytes)} for the context ({error.strerror}); lower the "
             "number of slots or the context length",
             needed_bytes=size_bytes,
             free_bytes=0,

@@ -14,6 +14,7 @@ from pathlib import Path
 from ohmygpu.core import hardware
 from ohmygpu.core.errors import OhMyGPUError, OutOfMemory, RuntimeFailure
 from ohmygpu.core.records import CompiledModel, RunSpec
+from ohmygpu.core.sizes import human_bytes
 from ohmygpu.runtime_api import (
     Delta,
     GenerateRequest,
@@ -125,8 +126,8 @@ def check_memory(compiled: CompiledModel, context_tokens: int, free_bytes: int) 
     needed = int(compiled.weights_bytes * _PACKED_WEIGHTS) + kv_bytes + _WORKING_BYTES
     if 0 < free_bytes < needed:
         raise OutOfMemory(
-            f"the model needs about {needed >> 20} MiB of memory and {free_bytes >> 20} MiB are "
-            "free; unload other models, close programs or pull a smaller model",
+            f"the model needs about {human_bytes(needed)} of memory and {human_bytes(free_bytes)} "
+            "are free; unload other models, close programs or pull a smaller model",
             needed_bytes=needed,
             free_bytes=free_bytes,
         )

@@ -213,7 +213,7 @@ async def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "memory_available_bytes", lambda: 20 << 20)
-    with pytest.raises(OutOfMemory, match="20 MiB are free") as caught:
+    with pytest.raises(OutOfMemory, match="21 MB are free") as caught:
         await OnnxRuntime(spec(folder)).load()
     assert caught.value.details["needed_bytes"] > 20 << 20
     assert caught.value.details["free_bytes"] == 20 << 20
