@@ -178,7 +178,7 @@ def _is_tty(stream: Any) -> bool:
 
 
 def _read_stdin() -> str | None:
-    """All of standard input; None when there is none."""
+    """All of standard input without the line ends after it; None when there is none."""
     if sys.stdin is None:
         return None
     hint = threading.Timer(_SILENT_INPUT_S, note, ["waiting for the end of standard input"])
@@ -189,7 +189,8 @@ def _read_stdin() -> str | None:
     finally:
         hint.cancel()
     try:
-        return data.decode("utf-8-sig")
+        # like $(…) of the shell: the line end that `echo` adds is not part of the question
+        return data.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(
             f"standard input is not UTF-8 text (byte {error.start} is not part of any character)"

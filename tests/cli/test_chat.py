@@ -27,7 +27,7 @@ def test_a_pipe_gets_just_the_answer(daemon: FakeDaemon, omg: Omg) -> None:
     assert (result.code, result.stdout, result.stderr) == (0, "Paris.\n", "")
     (body,) = daemon.chats()
     assert body["model"] == "org/tiny"
-    assert body["messages"] == [{"role": "user", "content": "What is the capital of France?\n"}]
+    assert body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
     assert body["stream"] is True
 
 
@@ -40,7 +40,7 @@ def test_words_on_the_command_line_are_one_prompt(daemon: FakeDaemon, omg: Omg) 
 def test_piped_text_comes_before_the_prompt_about_it(daemon: FakeDaemon, omg: Omg) -> None:
     daemon.enqueue("ok")
     omg("chat", "org/tiny", "summarise this", stdin="Größe\n".encode())
-    assert daemon.chats()[0]["messages"][-1]["content"] == "Größe\n\n\nsummarise this"
+    assert daemon.chats()[0]["messages"][-1]["content"] == "Größe\n\nsummarise this"
 
 
 def test_options_reach_the_daemon_and_absent_ones_are_left_to_the_model(

@@ -50,7 +50,7 @@ def test_every_surface_knows_the_capital_of_france(world: World, model: str) -> 
     _, reply = world.post("/api/generate", generate)
     assert "Paris" in reply["response"]
     sampling = ("--temperature", "0", "--max-tokens", "40")
-    assert "Paris" in world.omg("chat", model, *sampling, stdin=QUESTION).stdout
+    assert "Paris" in world.omg("chat", model, *sampling, stdin=f"{QUESTION}\n").stdout
     assert "Paris" in world.omg("chat", model, *sampling, QUESTION).stdout
 
 
