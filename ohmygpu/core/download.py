@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from .errors import Cancelled, CorruptFile
 from .events import Event, EventSink
 from .files import check_space
+from .find_blob import find_blob
+from .hashing import new_git_hash
 from .http import GuardedClient
 from .partial import Partial, done_bytes_elsewhere, unit_count
 from .provider import RemoteFile, artifacts_of
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 _REPORT_EVERY_S = 0.1
 _POLL_S = 0.1
 _HASH_BYTES = 8 << 20
-_MAX_SCANNED_BYTES = 64 << 20  # files known only by git's digest are small
 
 Publish = Callable[[Path, RemoteFile, str], None]
 """(verified file, what it is, its sha256): put the file where it belongs; it may be moved."""
@@ -132,8 +133,7 @@ class _Download:
     def start_hashing(self) -> None:
         self.hashed_bytes = 0
         self.sha256_so_far = hashlib.sha256()
-        header = f"blob {self.file.size}\0".encode()  # git's object header
-        self.git_so_far = hashlib.sha1(header, usedforsecurity=False)
+        self.git_so_far = new_git_hash(self.file.size)
 
     @property
     def is_done(self) -> bool:
@@ -389,30 +389,3 @@ class _Fetch:
         check_space(
             self._folder, self._total_bytes - self._done_bytes(), "the rest of the download"
         )
-
-
-def find_blob(repository: Repository, file: RemoteFile) -> str | None:
-    """SHA-256 of `file` if its bytes are in the repository already.
-
-    A file known only by git's digest is looked for among the blobs of its size.
-    """
-    if file.sha256 is not None:
-        sha256 = file.sha256.lower()
-        return sha256 if repository.has_blob(sha256, file.size) else None
-    if not file.git_sha1 or file.size > _MAX_SCANNED_BYTES:
-        return None
-    folder = repository.blob_path("0" * 64).parent
-    for path in sorted(folder.glob("sha256-*")):
-        try:
-            if path.stat().st_size != file.size:
-                continue
-            data = path.read_bytes()
-        except OSError:
-            continue  # gc may take it away under our eyes
-        digest = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
-        digest.update(data)
-        if digest.hexdigest() == file.git_sha1.lower():
-            sha256 = hashlib.sha256(data).hexdigest()
-            if path.name == f"sha256-{sha256}" and repository.has_blob(sha256, file.size):
-                return sha256
-    return None

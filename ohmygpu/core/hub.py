@@ -18,6 +18,7 @@ from urllib.parse import quote, urljoin
 from .download import Downloader
 from .errors import CorruptFile, InvalidName, ModelNotFound, NetworkError, OhMyGPUError
 from .gguf_header import HEAD_BYTES, architecture_of
+from .hashing import as_hex
 from .http import (
     MAX_REDIRECTS,
     GuardedClient,
@@ -200,7 +201,7 @@ class Hub:
 
     def _repo_info(self, repo: str, branch: str, info: Any) -> RepoInfo:
         commit = info.sha or ""
-        if not (len(commit) == 40 and all(char in "0123456789abcdef" for char in commit)):
+        if as_hex(commit, 40) != commit:
             raise NetworkError(f"{show_origin(self.endpoint)} names no commit for {repo}")
         name = info.id if info.id.lower() == repo.lower() else repo
         config = info.config if isinstance(info.config, dict) else {}
@@ -211,8 +212,8 @@ class Hub:
                 RemoteFile(
                     filename=sibling.rfilename,
                     size=_size(lfs.size if lfs else sibling.size),
-                    sha256=_hex(lfs.sha256 if lfs else None, 64),
-                    git_sha1=None if lfs else _hex(sibling.blob_id, 40),
+                    sha256=as_hex(lfs.sha256 if lfs else None, 64),
+                    git_sha1=None if lfs else as_hex(sibling.blob_id, 40),
                     format=artifact_format(sibling.rfilename),
                     url=self.file_url(name, commit, sibling.rfilename),
                 )
@@ -339,7 +340,7 @@ def _ask_digest(client: GuardedClient, file: RemoteFile) -> RemoteFile:
     etag = headers.get("x-linked-etag") or headers.get("etag") or ""
     etag = etag.strip().removeprefix("W/").strip('"')
     size = headers.get("x-linked-size") or headers.get("content-length") or ""
-    sha256, git_sha1 = _hex(etag, 64), _hex(etag, 40)
+    sha256, git_sha1 = as_hex(etag, 64), as_hex(etag, 40)
     if response.status_code >= 400 or not size.isdigit() or not (sha256 or git_sha1):
         raise NetworkError(
             f"{show_origin(file.url)} tells neither size nor checksum of {file.filename}, so it "
@@ -350,12 +351,6 @@ def _ask_digest(client: GuardedClient, file: RemoteFile) -> RemoteFile:
 
 def _size(value: object) -> int:
     return value if isinstance(value, int) and 0 <= value < 1 << 60 else -1
-
-
-def _hex(value: object, length: int) -> str | None:
-    text = value.lower() if isinstance(value, str) else ""
-    is_hex = len(text) == length and all(char in "0123456789abcdef" for char in text)
-    return text if is_hex else None
 
 
 def _model_type(info: Any) -> str | None:

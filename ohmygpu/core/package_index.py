@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urldefrag, urljoin, urlsplit, urlunsplit
 from urllib.request import url2pathname
@@ -18,6 +19,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from packaging.version import InvalidVersion, Version
 
 from .errors import ModelNotFound, NetworkError, RevisionNotFound, UnsupportedModel
+from .hashing import as_hex
 from .http import GuardedClient, check_hop, show_origin, with_retries
 
 _ACCEPT = (
@@ -100,10 +102,8 @@ class PackageIndex:
         return str(response.request.url), content_type, bytes(response.content)
 
     def _local_page(self, package: str, url: str) -> tuple[str, str, bytes]:
-        path = local_path(url + "index.html")
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 - url2pathname gives a string
-                return url, "text/html", file.read()
+            return url, "text/html", local_path(url + "index.html").read_bytes()
         except OSError as error:
             raise self._missing(package) from error
 
@@ -127,9 +127,9 @@ def split_credentials(address: str) -> tuple[str, str | None]:
     return urlunsplit(parts._replace(netloc=host)), header
 
 
-def local_path(url: str) -> str:
+def local_path(url: str) -> Path:
     """The path that a `file:` URL names."""
-    return url2pathname(urlsplit(url).path)
+    return Path(url2pathname(urlsplit(url).path))
 
 
 def _version(text: str) -> Version | None:
@@ -167,7 +167,7 @@ def _json_links(body: bytes) -> Iterable[tuple[str, str, str | None, bool]]:
         page = json.loads(body)
         entries: list[dict[str, Any]] = page["files"]
         for entry in entries:
-            sha256 = _sha256(str((entry.get("hashes") or {}).get("sha256", "")))
+            sha256 = as_hex((entry.get("hashes") or {}).get("sha256"), 64)
             is_yanked = entry.get("yanked", False) is not False
             yield str(entry["filename"]), str(entry["url"]), sha256, is_yanked
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -197,11 +197,5 @@ def _html_links(body: bytes) -> Iterable[tuple[str, str, str | None, bool]]:
     for href, is_yanked in page.links:
         address = urljoin(page.base, href)
         parts = urlsplit(address)
-        sha256 = _sha256(parse_qs(parts.fragment).get("sha256", [""])[0])
+        sha256 = as_hex(parse_qs(parts.fragment).get("sha256", [""])[0], 64)
         yield unquote(parts.path.rsplit("/", 1)[-1]), address, sha256, is_yanked
-
-
-def _sha256(text: str) -> str | None:
-    text = text.lower()
-    is_hex = len(text) == 64 and all(char in "0123456789abcdef" for char in text)
-    return text if is_hex else None

