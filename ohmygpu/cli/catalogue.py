@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 # What decides a pull's result. The daemon has its own values of these; a value in this command's
 # environment must count, so such a pull does not go through the daemon.
-_PULL_SETTINGS = ("hub.", "pypi.", "models.recipe", "models.keep_source")
+_PULL_SETTINGS = (
+    "hub.",
+    "pypi.",
+    "models.recipe",
+    "models.keep_source",
+    "engine.execution_provider",  # what it is compiled for
+)
 
 
 class Catalogue:

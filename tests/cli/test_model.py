@@ -238,16 +238,24 @@ def test_without_a_daemon_pull_installs_by_itself(omg: Omg, pulled: list[dict[st
     assert "compiling 100%" in result.stderr
 
 
-@pytest.mark.parametrize("variable", ["HF_TOKEN", "HF_ENDPOINT", "OHMYGPU_MODELS_RECIPE"])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HF_TOKEN", "hf_x"),
+        ("HF_ENDPOINT", "http://127.0.0.1:2"),
+        ("OHMYGPU_MODELS_RECIPE", "q4"),
+        ("OHMYGPU_ENGINE_EXECUTION_PROVIDER", "CPU"),
+    ],
+)
 def test_settings_in_this_commands_environment_count_even_when_a_daemon_runs(
     fake_daemon: FakeDaemon,
     omg: Omg,
     pulled: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
+    value: str,
 ) -> None:
-    values = {"HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.1:2"}
-    monkeypatch.setenv(variable, values.get(variable, "q4"))
+    monkeypatch.setenv(variable, value)
     assert omg("pull", "org/new").code == 0
     assert len(pulled) == 1
     assert fake_daemon.paths() == []
