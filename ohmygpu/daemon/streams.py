@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from quart import Response, request
 
 from ohmygpu.core.errors import OhMyGPUError, RuntimeFailure
-from ohmygpu.runtime_api import Delta, FinishReason
+from ohmygpu.runtime_api import Delta
 
 from .errors import JSON_TYPE, error_body, to_json
+from .openai import finish_word
 
 EXIT_STACK = "ohmygpu.exit_stack"  # the key of a request's AsyncExitStack in its ASGI scope
 SSE_TYPE = "text/event-stream; charset=utf-8"
@@ -63,9 +64,8 @@ async def collect(deltas: AsyncIterator[Delta]) -> tuple[str, Delta]:
     texts = []
     async for delta in deltas:
         texts.append(delta.text)
-        if delta.finish_reason is FinishReason.ABORT:
-            raise aborted()
         if delta.finish_reason is not None:
+            finish_word(delta.finish_reason)  # raises for an answer that was cut off
             return "".join(texts), delta
     raise RuntimeFailure("the model stopped without finishing its answer", retry_after_s=1)
 
@@ -115,14 +115,6 @@ def error_line(error: OhMyGPUError) -> bytes:
 def error_event(error: OhMyGPUError) -> bytes:
     """The last event of a failed SSE stream."""
     return sse([error_body(error, "openai")])
-
-
-def aborted() -> RuntimeFailure:
-    """The error of an answer that ended because its model was unloaded."""
-    return RuntimeFailure(
-        "the model was unloaded before it finished its answer; send the request again",
-        retry_after_s=1,
-    )
 
 
 def internal_error() -> OhMyGPUError:
