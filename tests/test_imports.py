@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +25,7 @@ ALLOWED = {
     "install": {"core", "convert"},
     "client": {"core", "runtime_api"},
     "daemon": {"core", "runtime_api", "runtime_wire", "install"},
-    "cli": {"core", "runtime_api", "client", "install", "mcp", "tui"},
-    "tui": {"core", "runtime_api", "client"},
+    "cli": {"core", "runtime_api", "client", "install", "mcp"},
     "mcp": {"core", "runtime_api", "client"},
 }
 # the one place where the terminal starts the daemon in its own process
@@ -39,10 +40,14 @@ ONLY_IN = {
     "hypercorn": {"daemon"},
     "click": {"cli"},
     "tqdm": {"cli"},
-    "urwid": {"tui"},
     "mcp": {"mcp"},
     "huggingface_hub": {"core"},
     "httpx2": {"core", "client"},
+    "google": {"convert"},
+    "packaging": {"core"},
+    "pydantic": {"mcp"},
+    "tomlkit": {"core"},
+    "werkzeug": {"daemon"},
     "tokenizers": {"convert", "runtime_onnx"},
     "jinja2": {"runtime_onnx"},
     "torch": set(),
@@ -100,6 +105,18 @@ def test_a_file_imports_only_what_the_arrows_allow(path: Path) -> None:
             assert part in ONLY_IN[top], f"{relative} may not import {name}"
 
 
+def test_what_is_imported_is_declared_with_a_reason_and_nothing_else_is() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    declared = {re.split(r"[^A-Za-z0-9_-]", entry)[0] for entry in required}
+    names = (name.split(".")[0] for path in source_files() for name in imports(path))
+    imported = {name for name in names if name not in sys.stdlib_module_names}
+    imported = {"protobuf" if name == "google" else name for name in imported} - {"ohmygpu"}
+    assert imported == declared
+    reasons = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    assert not {name for name in declared if f"`{name}`" not in reasons}
+
+
 def test_every_part_of_the_package_has_a_rule() -> None:
     parts = {part_of(module_name(path)) for path in source_files()}
     assert parts - {"", "__main__"} == set(ALLOWED)
@@ -120,7 +137,7 @@ def test_help_imports_nothing_heavy() -> None:
         "sys.argv = ['omg', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'numpy', 'onnx', 'onnxruntime', 'transformers', 'torch', 'quart', 'httpx2',"
-        " 'huggingface_hub', 'tokenizers', 'mcp', 'urwid'}\n"
+        " 'huggingface_hub', 'tokenizers', 'mcp'}\n"
         "loaded = heavy & set(sys.modules)\n"
         "sys.exit(f'--help imported {loaded}' if loaded else 0)\n"
     )
@@ -129,3 +146,11 @@ def test_help_imports_nothing_heavy() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+def test_describing_a_model_needs_no_http() -> None:
+    code = (
+        "import sys\nfrom ohmygpu.client import ModelInfo\nassert ModelInfo.from_disk\n"
+        "sys.exit('httpx2' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,1 +1,0 @@
-"""Full-screen terminal chat. Until it exists, `ohmygpu.cli.repl` holds the chat by lines."""
