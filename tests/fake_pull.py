@@ -20,7 +20,7 @@ from typing import Any
 
 from ohmygpu import install
 from ohmygpu.convert import process, recipes
-from ohmygpu.core import files, provider
+from ohmygpu.core import files, providers
 from ohmygpu.core.errors import Cancelled, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
 from ohmygpu.core.provider import RemoteFile, Resolved
@@ -179,7 +179,7 @@ def around(owner: Any, name: str) -> None:
 def main() -> None:
     fake = FakeProvider(SAFETENSORS if "safe" in sys.argv[1] else GGUF)
     fake.at = stop_at
-    provider.provider_for = lambda *_: fake
+    providers.provider_for = lambda *_: fake
     process.COMPILER = (sys.executable, "-c", COMPILER)
     for name in ("add_blob", "new_compiled", "commit_compiled", "write_record", "discard"):
         around(Repository, name)

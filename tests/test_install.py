@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ohmygpu.convert import process, recipes
-from ohmygpu.core import files, hardware, provider
+from ohmygpu.core import files, hardware, providers
 from ohmygpu.core.errors import (
     Cancelled,
     ConfigError,
@@ -46,7 +46,7 @@ PROGRAM = Path(__file__).with_name("fake_pull.py")
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeProvider:
     """The provider of every pull: a GGUF model, until a test gives it other content."""
     chosen = FakeProvider(GGUF)
-    monkeypatch.setattr(provider, "provider_for", lambda *_: chosen)
+    monkeypatch.setattr(providers, "provider_for", lambda *_: chosen)
     monkeypatch.setattr(process, "COMPILER", (sys.executable, "-c", COMPILER))
     monkeypatch.setattr(hardware, "target", lambda *_: "cpu")
     monkeypatch.setattr(recipes, "SMALL_FLOAT_BYTES", 0)  # as if the model were a large one

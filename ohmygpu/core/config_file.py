@@ -1,4 +1,4 @@
-"""Changing `config.toml` without losing what people wrote into it."""
+"""`config.toml` as a file: reading its text, and changing it without losing what people wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,34 @@ from typing import Any
 from .errors import ConfigError
 from .files import write_whole, writing
 from .locks import locked
-from .settings import read_config_text
+
+MAX_CONFIG_BYTES = 256 * 1024
+
+
+def read_config_text(path: Path) -> str:
+    """Text of the config file, "" when there is none. Raises ConfigError when it is unreadable."""
+    try:
+        if not path.exists():
+            return ""
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file; move it away", origin=str(path))
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"cannot read {path}: {reason}", origin=str(path)) from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"{path} is larger than {MAX_CONFIG_BYTES} bytes; that cannot be our settings",
+            origin=str(path),
+        )
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} line {line}: not UTF-8 text; save the file as UTF-8", origin=f"{path}:{line}"
+        ) from error
 
 
 def write_setting(path: Path, key: str, value: Any) -> None:

@@ -1,8 +1,8 @@
 """Where models come from: the Provider protocol and the nouns it speaks.
 
 A provider turns a `ModelRef` into a `Resolved` (what exactly would be pulled) and then into
-verified blobs. The hub, a path on disk and a package index are three providers; `install` treats
-all of them alike. Nothing here knows what the files mean beyond their format.
+verified blobs. The hub, a path on disk and a package index are three providers (`providers`);
+`install` treats all of them alike. Nothing here knows what the files mean beyond their format.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import InvalidName
 from .events import EventSink
 from .records import Artifact, Revision
 
 if TYPE_CHECKING:
     from .refs import ModelRef
     from .repository import Repository
-    from .settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +91,6 @@ class Provider(Protocol):
         a second once `cancel` is set; what was downloaded is kept for the next try.
         """
         ...
-
-
-def provider_for(ref: ModelRef, settings: Settings) -> Provider:
-    """The provider that `ref` names."""
-    if ref.provider == "hub":
-        from .hub import HubProvider
-
-        return HubProvider(settings)
-    if ref.provider == "file":
-        from .local import LocalProvider
-
-        return LocalProvider()
-    if ref.provider == "pypi":
-        from .pypi import PyPIProvider
-
-        return PyPIProvider(settings)
-    raise InvalidName(
-        f"unknown provider {ref.provider!r} in {ref.repo!r}; known: hub, file, pypi",
-        name=ref.repo,
-    )
 
 
 def artifacts_of(files: Sequence[RemoteFile], digests: Sequence[str]) -> tuple[Artifact, ...]:

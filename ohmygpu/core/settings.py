@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import values
+from .config_file import read_config_text, write_setting
 from .errors import ConfigError
 from .values import parse_duration
 
@@ -43,7 +44,6 @@ __all__ = [
 
 CONFIG_FILE = "config.toml"
 RECIPES = ("auto", "f32", "q8", "q4", "exact")
-MAX_CONFIG_BYTES = 256 * 1024
 
 _ALIASES = {"hub.endpoint": "HF_ENDPOINT", "pypi.index": "PIP_INDEX_URL"}
 _TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105 - the variable's name
@@ -266,37 +266,9 @@ def set_setting(home: Path, key: str, value: str) -> Any:
     Raises ConfigError, with the file untouched, on an unknown key, a bad value, or a file that is
     not TOML.
     """
-    from .config_file import write_setting  # tomlkit is needed here only
-
     typed = parse_setting(key, value, "command line")
     write_setting(home / CONFIG_FILE, key, list(typed) if isinstance(typed, tuple) else typed)
     return typed
-
-
-def read_config_text(path: Path) -> str:
-    """Text of the config file, "" when there is none. Raises ConfigError when it is unreadable."""
-    try:
-        if not path.exists():
-            return ""
-        if not path.is_file():
-            raise ConfigError(f"{path} is not a file; move it away", origin=str(path))
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError(f"cannot read {path}: {reason}", origin=str(path)) from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(
-            f"{path} is larger than {MAX_CONFIG_BYTES} bytes; that cannot be our settings",
-            origin=str(path),
-        )
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{path} line {line}: not UTF-8 text; save the file as UTF-8", origin=f"{path}:{line}"
-        ) from error
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any, str]]:

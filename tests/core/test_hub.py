@@ -28,7 +28,8 @@ from ohmygpu.core.errors import (
 from ohmygpu.core.gguf_header import HEAD_BYTES
 from ohmygpu.core.http import check_hop, retry_after_s
 from ohmygpu.core.hub import Hub, HubProvider
-from ohmygpu.core.provider import Resolved, provider_for
+from ohmygpu.core.provider import Resolved
+from ohmygpu.core.providers import provider_for
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import HubSettings, Settings, load_settings

@@ -20,7 +20,8 @@ from ohmygpu.core.errors import (
 )
 from ohmygpu.core.events import Event
 from ohmygpu.core.local import LocalProvider
-from ohmygpu.core.provider import Resolved, provider_for
+from ohmygpu.core.provider import Resolved
+from ohmygpu.core.providers import provider_for
 from ohmygpu.core.records import Artifact
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.repository import Repository
