@@ -42,7 +42,7 @@ def _helps(
     """(command line, help text, other names of it) of a command and all below it."""
     name = path if parent is None else path.rpartition(" ")[2]
     settings = {**CONTEXT, "terminal_width": _WIDTH}
-    with click.Context(command, info_name=name, parent=parent, **settings) as ctx:  # type: ignore[arg-type]
+    with click.Context(command, info_name=name, parent=parent, **settings) as ctx:
         text = "\n".join(line.rstrip() for line in command.get_help(ctx).splitlines())
         aliases = [
             f"omg {alias}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ohmygpu import __version__
 
 from .lazy import Lazy, LazyGroup
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 _TALK, _MODELS, _DAEMON, _OTHER = "Talk", "Models", "Daemon", "More"
 

@@ -109,7 +109,7 @@ def stop() -> None:
 
 def _daemon_pid(settings: Settings) -> int:
     """From the PID file while it is locked: never another machine's or a reused number."""
-    path = settings.home / "daemon.pid"
+    path = settings.pid_file
     if is_locked(path):
         try:
             return int(path.read_text(encoding="ascii"))

@@ -31,7 +31,7 @@ def find_daemon(settings: Settings) -> tuple[Address, Health]:
     """
     first = Address(settings_url(settings))
     problem: DaemonError = not_running(first)
-    for address in (first, Address("http://localhost", settings.home / "daemon.sock")):
+    for address in (first, Address("http://localhost", settings.socket_file)):
         if address.socket and not _is_served(address.socket):
             continue
         try:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +95,7 @@ class GgufFile:
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file = path.open("rb")
         except OSError as error:
             raise CorruptFile(f"{name} cannot be opened: {error.strerror}") from error
         try:

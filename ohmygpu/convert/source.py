@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,14 +185,14 @@ def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def read_raw(file: BinaryIO, file_name: str, offset: int, rows: int, row_bytes: int) -> Bytes:
+def read_raw(file: BufferedReader, file_name: str, offset: int, rows: int, row_bytes: int) -> Bytes:
     """Bytes of a file from `offset`, as (rows, row_bytes). Raises CorruptFile at its end."""
     raw = np.empty((rows, row_bytes), dtype=np.uint8)
     # A plain read, not a mapping: a file cut short under us is an error here, not a SIGBUS, and
     # the pages do not count as this process's memory.
     try:
         file.seek(offset)
-        got = file.readinto(raw.data.cast("B")) if raw.size else 0  # type: ignore[attr-defined]
+        got = file.readinto(raw.data.cast("B")) if raw.size else 0
     except OSError as error:
         raise CorruptFile(f"{file_name} cannot be read: {error.strerror}") from error
     if got != raw.size:

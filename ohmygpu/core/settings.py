@@ -140,6 +140,21 @@ class Settings:
     pypi: PypiSettings = PypiSettings()
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def pid_file(self) -> Path:
+        """Where the daemon of this home says which process it is; locked while it lives."""
+        return self.home / "daemon.pid"
+
+    @property
+    def socket_file(self) -> Path:
+        """The daemon's Unix socket."""
+        return self.home / "daemon.sock"
+
+    @property
+    def log_file(self) -> Path:
+        """The daemon's log."""
+        return self.home / "daemon.log"
+
 
 @dataclass(frozen=True, slots=True)
 class SettingRow:

@@ -28,10 +28,9 @@ def daemonize(settings: Settings) -> tuple[int, str]:
     Raises what stops it from starting (DaemonAlreadyRunning, PortInUse, ConfigError), or
     DaemonError when it ends without a word.
     """
-    log = settings.home / "daemon.log"
     try:
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        stderr = log.open("ab")
+        stderr = settings.log_file.open("ab")
     except OSError as error:
         raise unusable_home(settings, error) from error
     reading, writing = os.pipe()
@@ -56,7 +55,7 @@ def daemonize(settings: Settings) -> tuple[int, str]:
         os.close(reading)
     if not line:
         process.wait()
-        raise DaemonError(f"the daemon ended while it was starting; {log} says why")
+        raise DaemonError(f"the daemon ended while it was starting; {settings.log_file} says why")
     said = json.loads(line)
     if "error" in said:
         process.wait()

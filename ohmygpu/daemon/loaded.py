@@ -1,13 +1,14 @@
-"""What is loaded: the bookkeeping of one model, and how much memory it takes."""
+"""What is loaded: the bookkeeping of one model, how it runs, and how much memory it takes."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from ohmygpu.core.errors import OhMyGPUError
+from ohmygpu.core.records import RunSpec
 from ohmygpu.core.settings import Settings
 from ohmygpu.runtime_api import Runtime, RuntimeCaps, RuntimeStatus
 
@@ -93,6 +94,11 @@ class Entry:
         if not self.loaded.done():
             self.loaded.set_exception(error)
             self.loaded.exception()  # marks it as seen: nobody waits when the load was given up
+
+
+def run_spec(card: ModelCard, settings: Settings) -> RunSpec:
+    """How to run a model: the engine's settings, all of them."""
+    return RunSpec(model=card.name, folder=str(card.folder), **asdict(settings.engine))
 
 
 def estimate_bytes(card: ModelCard, settings: Settings) -> int:

@@ -33,7 +33,7 @@ from ohmygpu.core.sizes import human_bytes
 from ohmygpu.runtime_api import Delta, GenerateRequest, RuntimeCaps
 
 from .cards import ModelCard, read_card
-from .loaded import Entry, Lease, LoadedModel, ManagedRuntime, estimate_bytes
+from .loaded import Entry, Lease, LoadedModel, ManagedRuntime, estimate_bytes, run_spec
 
 ROOM_TIMEOUT_S = 30.0  # how long a load waits for a busy model to become idle
 REMOVE_TIMEOUT_S = 30.0  # how long a removal waits for running requests
@@ -226,20 +226,9 @@ class ModelManager:
             entry.timer = loop.call_later(entry.keep_alive_s, self._start_closing, entry)
 
     def _start_loading(self, card: ModelCard) -> Entry:
-        engine = self.settings.engine
-        spec = RunSpec(
-            model=card.name,
-            folder=str(card.folder),
-            execution_provider=engine.execution_provider,
-            context_tokens=engine.context_tokens,
-            slots=engine.slots,
-            max_queue=engine.max_queue,
-            prefill_tokens=engine.prefill_tokens,
-            threads=engine.threads,
-        )
         entry = Entry(
             card=card,
-            runtime=self._make_runtime(spec),
+            runtime=self._make_runtime(run_spec(card, self.settings)),
             keep_alive_s=self._keep_alive_s,
             loaded=asyncio.get_running_loop().create_future(),
             last_used=time.monotonic(),

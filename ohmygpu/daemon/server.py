@@ -38,9 +38,6 @@ from .worker import WorkerRuntime
 
 __all__ = ["daemonize", "run_daemon"]
 
-PID_FILE = "daemon.pid"
-SOCKET_FILE = "daemon.sock"
-LOG_FILE = "daemon.log"
 KEEP_ALIVE_S = 30.0  # idle connections; longer than HTTP clients keep theirs, so that they close
 MAX_OPEN_FILES = 16384
 PULL_END_S = 2.0  # for pulls to note how far they came
@@ -64,8 +61,8 @@ def run_daemon(settings: Settings, ready_fd: int | None = None) -> None:
 
 
 def _claim_and_serve(settings: Settings, ready_fd: int | None) -> None:
-    pid_file = PidFile(settings.home / PID_FILE)
-    socket_path = settings.home / SOCKET_FILE
+    pid_file = PidFile(settings.pid_file)
+    socket_path = settings.socket_file
     unix: socket.socket | None = None
     try:
         _claim(settings, pid_file, to_stderr=ready_fd is None)
@@ -93,7 +90,7 @@ def _claim(settings: Settings, pid_file: PidFile, *, to_stderr: bool) -> None:
     try:
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         pid_file.acquire()
-        set_up_logging(settings.home / LOG_FILE, to_stderr=to_stderr)
+        set_up_logging(settings.log_file, to_stderr=to_stderr)
     except OSError as error:
         raise unusable_home(settings, error) from error
     if not is_loopback(settings.server.host):
@@ -134,9 +131,8 @@ async def _serve(
     app = create_app(services)
     stop = _StopSignals(wake=state.changed.set, ignore_hangup=ready_fd is not None)
     close_server = asyncio.Event()
-    trigger: Callable[[], asyncio.Future[bool]] = close_server.wait  # type: ignore[assignment]
     config = _hypercorn_config(sockets)
-    server = asyncio.create_task(serve(app, config, shutdown_trigger=trigger))
+    server = asyncio.create_task(serve(app, config, shutdown_trigger=close_server.wait))
     stopping = asyncio.create_task(stop.requested.wait())
     _logger.info("ohmygpu %s listens at %s (pid %d)", __version__, state.url, os.getpid())
     if ready_fd is not None:
