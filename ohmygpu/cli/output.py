@@ -1,4 +1,4 @@
-"""Data to stdout, everything else to stderr; sizes and times for people."""
+"""Data to stdout, everything else to stderr; times and tables for people."""
 
 from __future__ import annotations
 
