@@ -102,7 +102,7 @@ def check_supported(config: Mapping[str, Any]) -> str:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise UnsupportedModel(
-            f"the checkpoint is quantised ({method or 'unknown method'}); "
+            f"the checkpoint is quantised ({str(method or 'unknown method')[:40]}); "
             "pull the original weights or a GGUF file of this model instead",
             model_type=model_type,
         )

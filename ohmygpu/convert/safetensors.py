@@ -278,13 +278,6 @@ def _read_config(files: Mapping[str, Path]) -> dict[str, Any]:
             "config.json is missing: SafeTensors weights need it to say which architecture they are"
         )
     config = read_json_object("config.json", files["config.json"])
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModel(
-            f"these SafeTensors weights are already quantised ({str(method or 'unknown')[:40]}); "
-            "pull the original model, or a GGUF of it"
-        )
     if not isinstance(config.get("model_type"), str):
         raise UnsupportedModel(
             "config.json does not say its model_type; this is not a model folder"

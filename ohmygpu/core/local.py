@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _GGUF_HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
 _GGUF_VERSIONS = (2, 3)
-_MAX_HEADER_BYTES = 100 << 20  # of a SafeTensors file, by its specification
+_MAX_HEADER_BYTES = 100_000_000  # of a SafeTensors file, as in its reference reader
 _REPORT_EVERY_S = 0.1
 
 

@@ -268,7 +268,6 @@ def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[Any, str]] = {
-    "quantised": (CONFIG | {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     "no model type": ({"hidden_size": 3}, "model_type"),
     "a list": ([1], "not a JSON object"),
 }
