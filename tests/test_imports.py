@@ -26,8 +26,9 @@ ALLOWED = {
     "install": {"core", "convert", "plan"},
     "client": {"core", "runtime_api"},
     "daemon": {"core", "runtime_api", "runtime_wire", "install"},
-    "cli": {"core", "runtime_api", "client", "install", "mcp"},
+    "cli": {"core", "runtime_api", "client", "install", "mcp", "tui"},
     "mcp": {"core", "runtime_api", "client"},
+    "tui": {"core", "runtime_api", "client"},
 }
 # the one place where the terminal starts the daemon in its own process
 EXCEPTIONS = {("ohmygpu/cli/serve.py", "daemon")}

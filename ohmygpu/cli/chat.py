@@ -15,11 +15,11 @@ from ohmygpu.core.errors import InvalidName, InvalidRequest, ModelNotFound
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
 from ohmygpu.runtime_api import Message, SamplingParams
+from ohmygpu.tui.line_editor import LineEditor
 
 from .answer import explain_end, print_answer
 from .catalogue import Catalogue
 from .errors import INTERRUPTED
-from .line_editor import LineEditor
 from .model import pull_model
 from .options import model_name
 from .output import note

@@ -10,10 +10,10 @@ from typing import Any
 from ohmygpu.client import ChatOptions, Client, ModelInfo
 from ohmygpu.core.errors import ContextLengthExceeded, InvalidRequest, OhMyGPUError
 from ohmygpu.runtime_api import Message, SamplingParams
+from ohmygpu.tui.line_editor import QUOTES, LineEditor
 
 from .answer import Answer, explain_end, print_answer
 from .errors import explain
-from .line_editor import QUOTES, LineEditor
 from .output import note
 
 COMMANDS = {

@@ -64,6 +64,19 @@ class Terminal:
         start, self._seen = self._seen, found + len(text)
         return self.text[start : self._seen]
 
+    def press_until(self, key: str, text: str) -> str:
+        """Press `key`, and again every two seconds, until `text` appears.
+
+        A Ctrl-C that comes between readline's prompt and its wait shows only at the next key.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while self.text.find(text, self._seen) < 0 and time.monotonic() < deadline:
+            self.type(key)
+            again = min(deadline, time.monotonic() + 2)
+            while self.text.find(text, self._seen) < 0 and self._read(again):
+                pass
+        return self.wait_for(text)
+
     def exit_code(self) -> int:
         """The exit code, after reading all that is still shown."""
         deadline = time.monotonic() + PATIENCE_S

@@ -88,8 +88,7 @@ def test_ctrl_c_before_the_first_word_leaves_the_question_out(daemon: FakeDaemon
 def test_ctrl_c_at_an_empty_prompt_hints_at_the_way_out(daemon: FakeDaemon) -> None:
     with Terminal("chat", "org/tiny") as screen:
         screen.wait_for(READY)
-        screen.type(CTRL_C)
-        screen.wait_for("Ctrl-D or /bye ends the chat")
+        screen.press_until(CTRL_C, "Ctrl-D or /bye ends the chat")
         screen.wait_for(READY)
         screen.type(CTRL_D)
         assert screen.exit_code() == 0
