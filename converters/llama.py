@@ -1,6 +1,7 @@
 """Llama: pre-norm decoder, RMSNorm, grouped-query attention with RoPE, gated SiLU feed-forward.
 
 Llama 1 to 3.x and the many models that share its code: SmolLM, Yi, TinyLlama, DeepSeek LLM, …
+Families that differ in a few places import its parts.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert import layers
+from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
-from ohmygpu.convert.layers import Linear
-from ohmygpu.convert.rope import read_rope
+from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
+from ohmygpu.convert.layers import Linear, embedding, lm_head
+from ohmygpu.convert.norms import rms_norm, skip_rms_norm
+from ohmygpu.convert.rope import Rope, read_rope
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.convert.source import Source
+from ohmygpu.core.errors import CorruptFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,45 +27,56 @@ class Config:
     """What a Llama's `config.json` decides; every other key of it changes no logits."""
 
     decoder: Decoder
-    attention_bias: bool
+    rope: Rope
+    activation: Activation
+    attention_bias: bool  # of q, k and v
+    output_bias: bool  # of o
     mlp_bias: bool
     tie_word_embeddings: bool
+    window: int | None = None  # positions that attention sees; None = all
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
-        activation = config.get("hidden_act") or "silu"
-        if activation not in ("silu", "swish"):
-            raise UnsupportedModel(
-                f"a llama with the activation {activation!r} has no converter; silu has one"
-            )
-        hidden_size = fields.integer(config, "hidden_size")
-        heads = fields.integer(config, "num_attention_heads")
-        kv_heads = fields.integer(config, "num_key_value_heads", heads)
-        head_dim = fields.integer(config, "head_dim", max(hidden_size // heads, 1))
-        if heads % kv_heads:
-            raise CorruptFile(f"{heads} attention heads cannot share {kv_heads} key/value heads")
-        decoder = Decoder(
-            vocab_size=fields.integer(config, "vocab_size"),
-            hidden_size=hidden_size,
-            layers=fields.integer(config, "num_hidden_layers"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            feed_forward_length=fields.integer(config, "intermediate_size"),
-            norm_epsilon=fields.number(config, "rms_norm_eps", 1e-6),
-            rope=read_rope(config, head_dim),
-        )
+        decoder, rope = read_decoder(config)
+        bias = fields.flag(config, "attention_bias", False)
         return Config(
             decoder=decoder,
-            attention_bias=fields.flag(config, "attention_bias", False),
+            rope=rope,
+            activation=read_activation(config, "hidden_act", "silu"),
+            attention_bias=bias,
+            output_bias=bias,
             mlp_bias=fields.flag(config, "mlp_bias", False),
             tie_word_embeddings=fields.flag(config, "tie_word_embeddings", False),
         )
 
 
+def read_decoder(config: Mapping[str, Any]) -> tuple[Decoder, Rope]:
+    """Sizes and RoPE, by the keys most decoders use. Raises CorruptFile or UnsupportedModel."""
+    hidden_size = fields.integer(config, "hidden_size")
+    heads = fields.integer(config, "num_attention_heads")
+    kv_heads = fields.integer(config, "num_key_value_heads", heads)
+    head_dim = fields.integer(config, "head_dim", max(hidden_size // heads, 1))
+    if heads % kv_heads:
+        raise CorruptFile(f"{heads} attention heads cannot share {kv_heads} key/value heads")
+    rope = read_rope(config, head_dim)
+    decoder = Decoder(
+        vocab_size=fields.integer(config, "vocab_size"),
+        hidden_size=hidden_size,
+        layers=fields.integer(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        feed_forward_length=fields.integer(config, "intermediate_size"),
+        norm_epsilon=fields.number(config, "rms_norm_eps", 1e-6),
+        context_tokens=rope.context_tokens,
+        rope_theta=rope.theta,
+    )
+    return decoder, rope
+
+
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model and its shape."""
+    """Every tensor of the files and its shape."""
     d = config.decoder
     hidden, feed_forward = d.hidden_size, d.feed_forward_length
     queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
@@ -71,29 +86,23 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     }
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (d.vocab_size, hidden)
-    attention = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-    }
-    mlp = {
-        "gate_proj": (feed_forward, hidden),
-        "up_proj": (feed_forward, hidden),
-        "down_proj": (hidden, feed_forward),
-    }
+    linears = (
+        ("self_attn.q_proj", (queries, hidden), config.attention_bias),
+        ("self_attn.k_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.v_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.o_proj", (hidden, queries), config.output_bias),
+        ("mlp.gate_proj", (feed_forward, hidden), config.mlp_bias),
+        ("mlp.up_proj", (feed_forward, hidden), config.mlp_bias),
+        ("mlp.down_proj", (hidden, feed_forward), config.mlp_bias),
+    )
     for layer in range(d.layers):
         prefix = f"model.layers.{layer}"
         found[f"{prefix}.input_layernorm.weight"] = (hidden,)
         found[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for block, shapes, bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
-            for name, shape in shapes.items():
-                found[f"{prefix}.{block}.{name}.weight"] = shape
-                if bias:
-                    found[f"{prefix}.{block}.{name}.bias"] = shape[:1]
+        for name, shape, bias in linears:
+            found[f"{prefix}.{name}.weight"] = shape
+            if bias:
+                found[f"{prefix}.{name}.bias"] = shape[:1]
     return found
 
 
@@ -103,23 +112,24 @@ def ignored(config: Config, name: str) -> bool:
     return tied_copy or name.endswith("rotary_emb.inv_freq")
 
 
+def view(config: Config, source: Source) -> Source:
+    """The files' own arrangement."""
+    return source
+
+
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    turn = rotary(e)
-    hidden = layers.embedding(e, "model.embed_tokens.weight")
-    normed = layers.rms_norm(
-        e, "/model/layers.0/input_layernorm", hidden, "model.layers.0.input_layernorm.weight"
-    )
+    turn = rotary(e, config.rope)
+    scores = Scores(scale=config.decoder.head_dim**-0.5, window=config.window)
+    hidden = embedding(e, "model.embed_tokens.weight")
+    path, prefix = "/model/layers.0", "model.layers.0"
+    normed = rms_norm(e, f"{path}/input_layernorm", hidden, f"{prefix}.input_layernorm.weight")
     for layer in range(config.decoder.layers):
         path, prefix = f"/model/layers.{layer}", f"model.layers.{layer}"
-
-        def part(name: str, bias: bool, prefix: str = prefix) -> Linear:
-            weight = f"{prefix}.{name}"
-            return Linear(f"{weight}.weight", f"{weight}.bias" if bias else None)
-
-        q, k, v, o = (part(f"self_attn.{name}_proj", config.attention_bias) for name in "qkvo")
-        attended = layers.attention(e, f"{path}/attn", normed, layer, turn, (q, k, v), o)
-        normed, hidden = layers.skip_rms_norm(
+        qkv = [part(prefix, f"self_attn.{name}_proj", config.attention_bias) for name in "qkv"]
+        o = part(prefix, "self_attn.o_proj", config.output_bias)
+        attended = attention(e, f"{path}/attn", normed, layer, turn, qkv, o, scores)
+        normed, hidden = skip_rms_norm(
             e,
             f"{path}/post_attention_layernorm",
             attended,
@@ -127,13 +137,25 @@ def build(config: Config, e: Emitter) -> None:
             f"{prefix}.post_attention_layernorm.weight",
         )
         gate, up, down = (
-            part(f"mlp.{name}_proj", config.mlp_bias) for name in ("gate", "up", "down")
+            part(prefix, f"mlp.{name}_proj", config.mlp_bias) for name in ("gate", "up", "down")
         )
-        fed = layers.gated_mlp(e, f"{path}/mlp", normed, gate, up, down)
-        last = layer + 1 == config.decoder.layers
-        following = "norm" if last else f"layers.{layer + 1}/input_layernorm"
-        normed, hidden = layers.skip_rms_norm(
-            e, f"/model/{following}", fed, hidden, f"model.{following.replace('/', '.')}.weight"
-        )
-    tied = config.tie_word_embeddings
-    layers.lm_head(e, normed, "model.embed_tokens.weight" if tied else "lm_head.weight")
+        fed = gated_mlp(e, f"{path}/mlp", normed, gate, up, down, config.activation)
+        normed, hidden = following_norm(e, layer, fed, hidden)
+    lm_head(e, normed, head(config.tie_word_embeddings))
+
+
+def part(prefix: str, name: str, bias: bool) -> Linear:
+    """The linear layer `prefix.name`, with its bias where it has one."""
+    return Linear(f"{prefix}.{name}.weight", f"{prefix}.{name}.bias" if bias else None)
+
+
+def following_norm(e: Emitter, layer: int, x: str, hidden: str) -> tuple[str, str]:
+    """(norm before the next layer, or the last norm, of x + hidden; x + hidden)."""
+    last = layer + 1 == e.decoder.layers
+    name = "norm" if last else f"layers.{layer + 1}/input_layernorm"
+    return skip_rms_norm(e, f"/model/{name}", x, hidden, f"model.{name.replace('/', '.')}.weight")
+
+
+def head(tied: bool) -> Linear:
+    """The LM head: its own matrix, or the embedding's where the two are tied."""
+    return Linear("model.embed_tokens.weight" if tied else "lm_head.weight")

@@ -16,7 +16,7 @@ from .graph import Graph
 from .recipes import Recipe, Target
 from .source import Source, open_source
 from .tokenizer import prepare_tokenizer
-from .weights import Progress, Weights
+from .weights import Progress, Weights, check_names
 
 
 def compile_model(
@@ -61,7 +61,7 @@ def compile_source(
         converter_version=CONVERTER_VERSION,
         recipe=recipe.name,
         target=target.name,
-        context_length=decoder.rope.context_tokens,
+        context_length=decoder.context_tokens,
         vocab_size=decoder.vocab_size,
         layers=decoder.layers,
         kv_heads=decoder.kv_heads,
@@ -74,7 +74,7 @@ def compile_source(
         hidden_size=decoder.hidden_size,
         heads=decoder.heads,
         feed_forward_length=decoder.feed_forward_length,
-        rope_theta=decoder.rope.theta,
+        rope_theta=decoder.rope_theta,
         norm_epsilon=decoder.norm_epsilon,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
@@ -94,11 +94,12 @@ def write_graph(
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     builder = family(check_supported(source.config))
     config = builder.Config.read(source.config)
+    check_names(source, builder.weights(config), lambda name: builder.ignored(config, name))
+    viewed = builder.view(config, source)
     with (
         Graph(output) as graph,
-        closing(Weights(source, graph, recipe, target, config.decoder.layers, progress)) as weights,
+        closing(Weights(viewed, graph, recipe, target, config.decoder.layers, progress)) as weights,
     ):
-        weights.check_names(builder.weights(config), lambda name: builder.ignored(config, name))
         builder.build(config, Emitter(graph, weights, recipe, target, config.decoder))
         graph.save(str(CONVERTER_VERSION))
         return config.decoder, graph.weights_bytes

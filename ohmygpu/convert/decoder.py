@@ -8,11 +8,9 @@ import numpy as np
 
 from .graph import Graph
 from .recipes import Recipe, Target
-from .rope import Rope
 from .weights import Weights
 
 _HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention's
-_FUSED_ROTARY_MULTIPLE = 16  # of the head and of the part that turns, when attention does RoPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +25,13 @@ class Decoder:
     head_dim: int
     feed_forward_length: int
     norm_epsilon: float
-    rope: Rope
+    context_tokens: int  # how far the model reaches
+    rope_theta: float = 0.0  # for show; 0 = positions are not told by RoPE
 
     @property
     def cache_dim(self) -> int:
         """head_dim as the KV cache stores it: padded with zeros to what the attention takes."""
         return -(-self.head_dim // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
-
-    @property
-    def fuses_rope(self) -> bool:
-        """Whether attention can turn queries and keys itself, from a constant table."""
-        even = self.head_dim % _FUSED_ROTARY_MULTIPLE == 0
-        return (
-            even
-            and self.rope.rotary_dim % _FUSED_ROTARY_MULTIPLE == 0
-            and self.rope.stretched is None
-        )
 
 
 class Emitter:
@@ -58,6 +47,8 @@ class Emitter:
         self.decoder = decoder
         self.dtype = np.dtype(target.dtype)
         self.group_sums: dict[tuple[str, int], str] = {}  # (value, group) → its sums by group
+        self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
+        self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
         self.input_ids = graph.input("input_ids", np.int64, ["B", "S"])
         self.seqlens_k = graph.input("seqlens_k", np.int32, ["B"])
         self.total_sequence_length = graph.input("total_sequence_length", np.int32, [])

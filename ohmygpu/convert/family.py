@@ -18,6 +18,7 @@ from ohmygpu.core.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from .decoder import Decoder, Emitter
+    from .source import Source
 
 CONVERTER_VERSION = 1
 """Part of every compiled model's key: raise it when the same input compiles to other bytes."""
@@ -54,15 +55,19 @@ class Family(Protocol):
         ...
 
     def weights(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Every tensor the model has, Hugging Face name → shape."""
+        """Every tensor of the files, Hugging Face name → shape."""
         ...
 
     def ignored(self, config: Any, name: str) -> bool:
         """Whether a tensor beyond `weights` may be in the files, and carries nothing."""
         ...
 
+    def view(self, config: Any, source: Source) -> Source:
+        """The source as `build` reads it: itself, or `convert.views` over what files store."""
+        ...
+
     def build(self, config: Any, e: Emitter) -> None:
-        """Emit the graph, composed of `convert.layers`."""
+        """Emit the graph, composed of `convert.layers` and the modules like it."""
         ...
 
 

@@ -63,10 +63,9 @@ class Layout:
 
 
 class Weights:
-    """The source's tensors on their way into the graph; each is checked, then written once.
+    """The source's tensors on their way into the graph, each written once.
 
-    Raises CorruptFile for a tensor that is missing, of another shape than the config says, or that
-    holds NaN or infinity; UnsupportedModel for one that the family does not know.
+    Raises CorruptFile for one that holds NaN or infinity.
     """
 
     def __init__(
@@ -94,33 +93,6 @@ class Weights:
     def close(self) -> None:
         """Stop the helper threads."""
         self._pool.shutdown(cancel_futures=True)
-
-    def check_names(
-        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
-    ) -> None:
-        """Compare the source with the names and shapes the family expects."""
-        found = self._source.tensors
-        missing = [name for name in expected if name not in found]
-        if missing:
-            raise CorruptFile(
-                f"the weights lack {missing[0]} ({len(missing)} of {len(expected)} tensors are "
-                "missing); the files do not belong to this config",
-                tensor=missing[0],
-            )
-        for name, shape in expected.items():
-            if found[name].shape != shape:
-                raise CorruptFile(
-                    f"{name} has shape {list(found[name].shape)} where the config says "
-                    f"{list(shape)}",
-                    tensor=name,
-                )
-        unknown = [name for name in found if name not in expected and not ignored(name)]
-        if unknown:
-            raise UnsupportedModel(
-                f"the weights hold {unknown[0]}, which this architecture does not have "
-                f"({len(unknown)} such tensors)",
-                tensor=unknown[0],
-            )
 
     def vector(self, names: Sequence[str], label: str) -> str:
         """One-dimensional tensors, joined, as one float constant of the graph."""
@@ -241,6 +213,37 @@ class Weights:
         self._done_elements = min(self._done_elements + elements, self._elements)
         total = self._source.total_bytes
         self._progress(total * self._done_elements // self._elements, total)
+
+
+def check_names(
+    source: Source, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+) -> None:
+    """Compare the source with the names and shapes the family expects.
+
+    Raises CorruptFile for a tensor that is missing or of another shape than the config says,
+    UnsupportedModel for one that the family does not know.
+    """
+    found = source.tensors
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CorruptFile(
+            f"the weights lack {missing[0]} ({len(missing)} of {len(expected)} tensors are "
+            "missing); the files do not belong to this config",
+            tensor=missing[0],
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CorruptFile(
+                f"{name} has shape {list(found[name].shape)} where the config says {list(shape)}",
+                tensor=name,
+            )
+    unknown = [name for name in found if name not in expected and not ignored(name)]
+    if unknown:
+        raise UnsupportedModel(
+            f"the weights hold {unknown[0]}, which this architecture does not have "
+            f"({len(unknown)} such tensors)",
+            tensor=unknown[0],
+        )
 
 
 def _finished(

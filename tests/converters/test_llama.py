@@ -219,7 +219,7 @@ def test_a_weight_that_is_no_number_is_refused_and_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_act": "snake"}, "activation 'snake'.*silu"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "'spiral'.*known: .*yarn"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
     ],
