@@ -98,8 +98,7 @@ def attend(
                 "qkv", inputs, (d.heads, d.kv_heads, d.kv_heads), strict=True
             )
         ]
-    past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-    present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
+    past, present = e.cache(layer)
     tables = [rotary.cos, rotary.sin] if rotary is not None else ["", ""]
     sinks = e.weights.vector([scores.sinks], f"{name_of(path)}.sinks") if scores.sinks else ""
     node = f"{path}/GroupQueryAttention"

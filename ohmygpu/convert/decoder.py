@@ -40,6 +40,24 @@ class Emitter:
     def __init__(
         self, graph: Graph, weights: Weights, recipe: Recipe, target: Target, decoder: Decoder
     ) -> None:
+        self.prepare(graph, weights, recipe, target, decoder)
+        self.input_ids = graph.input("input_ids", np.int64, ["B", "S"])
+        self.seqlens_k = graph.input("seqlens_k", np.int32, ["B"])
+        self.total_sequence_length = graph.input("total_sequence_length", np.int32, [])
+        self.logit_rows = graph.input("logit_rows", np.int64, ["R"])
+        graph.output("logits", np.float32, ["R", decoder.vocab_size])
+        cache: list[int | str] = ["B", decoder.kv_heads, "T", decoder.cache_dim]
+        for layer in range(decoder.layers):
+            past, present = self.cache(layer)
+            for name in past:
+                graph.input(name, self.dtype, cache)
+            for name in present:
+                graph.output(name, self.dtype, cache)
+
+    def prepare(
+        self, graph: Graph, weights: Weights, recipe: Recipe, target: Target, decoder: Decoder
+    ) -> None:
+        """What every graph needs, whatever its inputs and outputs."""
         self.graph = graph
         self.weights = weights
         self.recipe = recipe
@@ -49,13 +67,16 @@ class Emitter:
         self.group_sums: dict[tuple[str, int], str] = {}  # (value, group) → its sums by group
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
-        self.input_ids = graph.input("input_ids", np.int64, ["B", "S"])
-        self.seqlens_k = graph.input("seqlens_k", np.int32, ["B"])
-        self.total_sequence_length = graph.input("total_sequence_length", np.int32, [])
-        self.logit_rows = graph.input("logit_rows", np.int64, ["R"])
-        graph.output("logits", np.float32, ["R", decoder.vocab_size])
-        cache: list[int | str] = ["B", decoder.kv_heads, "T", decoder.cache_dim]
-        for layer in range(decoder.layers):
-            for kind in ("key", "value"):
-                graph.input(f"past_key_values.{layer}.{kind}", self.dtype, cache)
-                graph.output(f"present.{layer}.{kind}", self.dtype, cache)
+
+    def cache(self, layer: int) -> tuple[list[str], list[str]]:
+        """Names of a layer's (past key and value, present key and value)."""
+        kinds = ("key", "value")
+        past = [f"past_key_values.{layer}.{kind}" for kind in kinds]
+        return past, [f"present.{layer}.{kind}" for kind in kinds]
+
+    def ends_at(self, hidden: str) -> bool:
+        """Whether the graph ends with the last hidden states; if so, they are taken care of.
+
+        False: their logits are wanted.
+        """
+        return False

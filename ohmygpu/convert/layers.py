@@ -142,6 +142,8 @@ def head_rows(e: Emitter, x: str) -> str:
 
 def lm_head(e: Emitter, x: str, head: Linear) -> None:
     """Logits, (R, V) float32, of the rows that `logit_rows` names in (B * S) hidden states."""
+    if e.ends_at(x):
+        return
     rows = head_rows(e, x)
     if e.dtype == np.float32:
         linear(e, "/lm_head", rows, [head], head=True, output="logits")
@@ -152,6 +154,8 @@ def lm_head(e: Emitter, x: str, head: Linear) -> None:
 
 def softcapped_lm_head(e: Emitter, x: str, head: Linear, cap: float) -> None:
     """`lm_head` with every logit l replaced by cap * tanh(l / cap) (Gemma 2)."""
+    if e.ends_at(x):
+        return
     logits = linear(e, "/lm_head", head_rows(e, x), [head], head=True)
     if e.dtype != np.float32:
         logits = e.graph.node("/lm_head/Cast", [logits], to=_FLOAT)
