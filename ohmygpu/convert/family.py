@@ -29,7 +29,26 @@ _PACKAGE = "ohmygpu.converters"
 ALIASES: Mapping[str, str] = {"code_llama": "llama"}
 
 
-GGUF_ARCHITECTURES: Mapping[str, str] = {"llama": "gguf_llama"}
+GGUF_ARCHITECTURES: Mapping[str, str] = {
+    name: f"gguf_{name}"
+    for name in (
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gptneox",
+        "granite",
+        "llama",
+        "olmo2",
+        "phi2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    )
+}
 """`general.architecture` of a GGUF file → the module beside this one that translates it."""
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .family import check_gguf_architecture
-from .gguf import GgufModel, GgufTensor
-from .gguf_blocks import BLOCK_TYPES, dequantize, repack
+from .gguf import GgufModel
+from .gguf_blocks import BLOCK_TYPES, BlockType, dequantize, repack
+from .gguf_names import Translation
 from .safetensors import to_float32
 from .source import (
     BlockLayout,
@@ -25,25 +25,6 @@ from .source import (
     TensorInfo,
     row_chunks,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a Hugging Face tensor is found in the GGUF file.
-
-    `rows`, where given, lists for each Hugging Face row the row of the GGUF tensor it is.
-    """
-
-    gguf_name: str
-    rows: NDArray[np.int64] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """A GGUF model's config and tensor names in Hugging Face terms."""
-
-    config: dict[str, Any]
-    placements: dict[str, Placement]
 
 
 class Architecture(Protocol):
@@ -80,43 +61,47 @@ class GgufSource:
         self._placements = translation.placements
         self._stored = self.model.tensors
         self.tensors: dict[str, TensorInfo] = {
-            name: TensorInfo(name, tensor.shape, tensor.type_name)
-            for name, tensor in ((name, self._tensor(name)) for name in self._placements)
+            name: TensorInfo(name, placement.shape, self._stored[placement.gguf_name].type_name)
+            for name, placement in self._placements.items()
         }
         self.quantization = _quantization(self.model)
-        self.total_bytes = sum(self._tensor(name).nbytes for name in self._placements)
+        used = {placement.gguf_name for placement in self._placements.values()}
+        self.total_bytes = sum(self._stored[name].nbytes for name in used)
 
     def read(self, name: str) -> Float32:
         """A whole tensor as float32."""
-        tensor = self._tensor(name)
-        columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-        values = np.empty((tensor.rows, columns), dtype=np.float32)
-        for start, stop in row_chunks(tensor.rows, columns):
-            values[start:stop] = self._decode(name, start, stop).reshape(-1, columns)
-        return values.reshape(tensor.shape)
+        shape = self._placements[name].shape
+        if len(shape) == 1:
+            return self.read_rows(name, 0, shape[0])
+        values = np.empty((prod(shape[:-1]), shape[-1]), dtype=np.float32)
+        for start, stop in row_chunks(*values.shape):
+            values[start:stop] = self._decode(name, start, stop)
+        return values.reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows start:stop as float32."""
-        shape = self._tensor(name).shape
+        shape = self._placements[name].shape
         if start == stop:
             return np.empty((0, *shape[1:]), dtype=np.float32)
-        inner = int(np.prod(shape[1:-1], dtype=np.int64))  # 1 for vectors and matrices
+        if self._is_row_of_matrix(name):
+            return self._decode(name, 0, 1).reshape(-1)[start:stop]
+        inner = prod(shape[1:-1])  # 1 for vectors and matrices
         rows = self._decode(name, start * inner, stop * inner)
         return rows.reshape(stop - start, *shape[1:])
 
     def block_layout(self, name: str) -> BlockLayout | None:
         """The layout `blocks` gives, or None for plain types."""
-        block = BLOCK_TYPES.get(self._tensor(name).type_name)
+        block = self._block_type(name)
         return block.layout if block else None
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedBlocks | None:
         """Rows start:stop as stored, losslessly, or None for plain types."""
-        tensor = self._tensor(name)
-        block = BLOCK_TYPES.get(tensor.type_name)
+        block = self._block_type(name)
         if block is None:
             return None
-        stop = tensor.rows if stop is None else stop
-        columns = tensor.shape[-1]
+        shape = self._placements[name].shape
+        stop = prod(shape[:-1]) if stop is None else stop
+        columns = shape[-1]
         groups = columns // block.group
         codes = np.empty((stop - start, groups, block.group * block.bits // 8), dtype=np.uint8)
         scales = np.empty((stop - start, groups), dtype=np.float32)
@@ -133,25 +118,43 @@ class GgufSource:
         """Close the files; idempotent."""
         self.model.close()
 
-    def _tensor(self, name: str) -> GgufTensor:
-        return self._stored[self._placements[name].gguf_name]
+    def _block_type(self, name: str) -> BlockType | None:
+        """The block type of a matrix; None for plain types and for vectors."""
+        info = self.tensors[name]
+        return BLOCK_TYPES.get(info.dtype) if len(info.shape) > 1 else None
+
+    def _is_row_of_matrix(self, name: str) -> bool:
+        placement = self._placements[name]
+        return len(placement.shape) == 1 < len(self._stored[placement.gguf_name].shape)
 
     def _raw(self, name: str, start: int, stop: int) -> Bytes:
         """Raw rows start:stop in Hugging Face order."""
         placement = self._placements[name]
+        first = placement.first_row
         if placement.rows is None:
-            return self.model.read_rows(placement.gguf_name, start, stop)
-        wanted = placement.rows[start:stop]
+            return self.model.read_rows(placement.gguf_name, first + start, first + stop)
+        wanted = placement.rows[start:stop] + first
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        return self.model.read_rows(placement.gguf_name, low, high)[wanted - low]
+        if high - low <= 2 * len(wanted):
+            return self.model.read_rows(placement.gguf_name, low, high)[wanted - low]
+        # Rows from all over the tensor: read its runs, not everything between them.
+        starts = np.flatnonzero(np.diff(wanted, prepend=wanted[0] - 2) != 1)
+        runs = np.split(wanted, starts[1:])
+        return np.concatenate(
+            [
+                self.model.read_rows(placement.gguf_name, int(run[0]), int(run[-1]) + 1)
+                for run in runs
+            ]
+        )
 
     def _decode(self, name: str, start: int, stop: int) -> Float32:
-        type_name = self._tensor(name).type_name
+        """Rows start:stop of the stored tensor that `name` is, (stop - start, K) float32."""
+        placement = self._placements[name]
+        type_name = self._stored[placement.gguf_name].type_name
         raw = self._raw(name, start, stop)
         block = BLOCK_TYPES.get(type_name)
-        if block is not None:
-            return dequantize(block, raw)
-        return to_float32(raw, type_name)
+        values = dequantize(block, raw) if block is not None else to_float32(raw, type_name)
+        return values + np.float32(placement.shift) if placement.shift else values
 
 
 def _translate(model: GgufModel) -> Translation:
