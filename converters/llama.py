@@ -6,7 +6,7 @@ Families that differ in a few places import its parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.core.errors import CorruptFile
 
+EMBEDDING = "model.embed_tokens.weight"
+
+Block = Callable[[int, str], str]
+"""(layer, normed hidden states) → what the layer's attention or feed-forward adds to them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -33,7 +38,7 @@ class Config:
     output_bias: bool  # of o
     mlp_bias: bool
     tie_word_embeddings: bool
-    window: int | None = None  # positions that attention sees; None = all
+    windows: tuple[int | None, ...]  # positions that each layer's attention sees; None = all
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -48,6 +53,7 @@ class Config:
             output_bias=bias,
             mlp_bias=fields.flag(config, "mlp_bias", False),
             tie_word_embeddings=fields.flag(config, "tie_word_embeddings", False),
+            windows=(None,) * decoder.layers,
         )
 
 
@@ -81,7 +87,7 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     hidden, feed_forward = d.hidden_size, d.feed_forward_length
     queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
     found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (d.vocab_size, hidden),
+        EMBEDDING: (d.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
@@ -120,28 +126,60 @@ def view(config: Config, source: Source) -> Source:
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
     turn = rotary(e, config.rope)
-    scores = Scores(scale=config.decoder.head_dim**-0.5, window=config.window)
-    hidden = embedding(e, "model.embed_tokens.weight")
-    path, prefix = "/model/layers.0", "model.layers.0"
-    normed = rms_norm(e, f"{path}/input_layernorm", hidden, f"{prefix}.input_layernorm.weight")
-    for layer in range(config.decoder.layers):
-        path, prefix = f"/model/layers.{layer}", f"model.layers.{layer}"
-        qkv = [part(prefix, f"self_attn.{name}_proj", config.attention_bias) for name in "qkv"]
-        o = part(prefix, "self_attn.o_proj", config.output_bias)
-        attended = attention(e, f"{path}/attn", normed, layer, turn, qkv, o, scores)
-        normed, hidden = skip_rms_norm(
-            e,
-            f"{path}/post_attention_layernorm",
-            attended,
-            hidden,
-            f"{prefix}.post_attention_layernorm.weight",
-        )
-        gate, up, down = (
-            part(prefix, f"mlp.{name}_proj", config.mlp_bias) for name in ("gate", "up", "down")
-        )
-        fed = gated_mlp(e, f"{path}/mlp", normed, gate, up, down, config.activation)
-        normed, hidden = following_norm(e, layer, fed, hidden)
-    lm_head(e, normed, head(config.tie_word_embeddings))
+
+    def attend(layer: int, x: str) -> str:
+        scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
+        qkv, o = projections(config, layer)
+        return attention(e, attention_path(layer), x, layer, turn, qkv, o, scores)
+
+    def feed(layer: int, x: str) -> str:
+        return feed_forward(config, e, layer, x)
+
+    hidden = pre_norm_layers(e, embedding(e, EMBEDDING), attend, feed)
+    lm_head(e, hidden, head(config.tie_word_embeddings))
+
+
+def pre_norm_layers(e: Emitter, hidden: str, attend: Block, feed: Block) -> str:
+    """The last norm of `hidden` after all layers, each with a norm before either block:
+
+    hidden += attend(norm(hidden)), then hidden += feed(norm(hidden)).
+    """
+    first = "layers.0.input_layernorm"
+    normed = rms_norm(e, "/model/layers.0/input_layernorm", hidden, f"model.{first}.weight")
+    for layer in range(e.decoder.layers):
+        attended = attend(layer, normed)
+        following = f"layers.{layer}/post_attention_layernorm"
+        normed, hidden = _residual_norm(e, following, attended, hidden)
+        fed = feed(layer, normed)
+        last = layer + 1 == e.decoder.layers
+        following = "norm" if last else f"layers.{layer + 1}/input_layernorm"
+        normed, hidden = _residual_norm(e, following, fed, hidden)
+    return normed
+
+
+def _residual_norm(e: Emitter, name: str, x: str, hidden: str) -> tuple[str, str]:
+    """(the norm called `name` of x + hidden, x + hidden)."""
+    weight = f"model.{name.replace('/', '.')}.weight"
+    return skip_rms_norm(e, f"/model/{name}", x, hidden, weight)
+
+
+def attention_path(layer: int) -> str:
+    """Path of the nodes of a layer's attention."""
+    return f"/model/layers.{layer}/attn"
+
+
+def projections(config: Config, layer: int) -> tuple[list[Linear], Linear]:
+    """([q, k, v], o) of a layer."""
+    prefix = f"model.layers.{layer}.self_attn"
+    qkv = [part(prefix, f"{name}_proj", config.attention_bias) for name in "qkv"]
+    return qkv, part(prefix, "o_proj", config.output_bias)
+
+
+def feed_forward(config: Config, e: Emitter, layer: int, x: str) -> str:
+    """The gated feed-forward block of a layer."""
+    prefix = f"model.layers.{layer}.mlp"
+    gate, up, down = (part(prefix, f"{n}_proj", config.mlp_bias) for n in ("gate", "up", "down"))
+    return gated_mlp(e, f"/model/layers.{layer}/mlp", x, gate, up, down, config.activation)
 
 
 def part(prefix: str, name: str, bias: bool) -> Linear:
@@ -149,13 +187,6 @@ def part(prefix: str, name: str, bias: bool) -> Linear:
     return Linear(f"{prefix}.{name}.weight", f"{prefix}.{name}.bias" if bias else None)
 
 
-def following_norm(e: Emitter, layer: int, x: str, hidden: str) -> tuple[str, str]:
-    """(norm before the next layer, or the last norm, of x + hidden; x + hidden)."""
-    last = layer + 1 == e.decoder.layers
-    name = "norm" if last else f"layers.{layer + 1}/input_layernorm"
-    return skip_rms_norm(e, f"/model/{name}", x, hidden, f"model.{name.replace('/', '.')}.weight")
-
-
 def head(tied: bool) -> Linear:
     """The LM head: its own matrix, or the embedding's where the two are tied."""
-    return Linear("model.embed_tokens.weight" if tied else "lm_head.weight")
+    return Linear(EMBEDDING if tied else "lm_head.weight")

@@ -18,6 +18,16 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
+def count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Zero or a positive integer; `default` when absent or null. Raises CorruptFile otherwise."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CorruptFile(f"the model's config has {key} = {value!r}; an integer >= 0 is needed")
+    return value
+
+
 def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A positive number; `default` when absent or null. Raises CorruptFile otherwise."""
     value = config.get(key)
