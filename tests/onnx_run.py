@@ -33,6 +33,9 @@ class OnnxRun:
             node.name: np.zeros((rows, node.shape[1], length, node.shape[3]), self.dtype)
             for node in caches
         }
+        self.asks_rope_length = any(
+            node.name == "rope_length" for node in self.session.get_overridable_initializers()
+        )
         self.extra: dict[str, NDArray[Any]] = {}  # optional inputs to pass in every run
 
     def run(

@@ -18,8 +18,8 @@ from ohmygpu.convert.quantize import dequantize_rows, quantize_rows
 from ohmygpu.convert.source import QuantizedBlocks
 from ohmygpu.core.errors import DiskFull, InvalidRequest
 from ohmygpu.core.records import GRAPH_FILE, CompiledModel
-from tests.converters.test_llama import assert_close, compile_f32, source
-from tests.golden.llama import PROMPT, Float32, config, token_ids
+from tests.converters.test_llama import assert_close, compile_f32, config, source, token_ids
+from tests.ladder.models import PROMPT, Float32
 from tests.memory_source import MemorySource, random_blocks
 from tests.onnx_run import OnnxRun
 
@@ -129,14 +129,14 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     assert 0 <= again - 4096 * (64 + 2 * 4) < 4096  # codes and scales, aligned
 
 
-def test_exact_is_for_gguf_alone(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="exact keeps the blocks of a GGUF file"):
-        recipes.check(recipes.recipe("exact"), recipes.target("cpu"), "safetensors")
+def test_exact_is_for_quantised_weights_alone() -> None:
+    with pytest.raises(InvalidRequest, match="exact keeps weights that are quantised"):
+        recipes.check(recipes.recipe("exact"), recipes.target("cpu"), has_blocks=False)
 
 
 def test_float32_is_for_the_cpu_alone() -> None:
     with pytest.raises(InvalidRequest, match="f32 runs on the CPU only"):
-        recipes.check(recipes.recipe("f32"), recipes.target("cuda"), "safetensors")
+        recipes.check(recipes.recipe("f32"), recipes.target("cuda"), has_blocks=False)
 
 
 def test_unknown_recipes_and_targets_are_named() -> None:
@@ -169,7 +169,7 @@ def test_half_precision_graphs_agree_with_float32(case: str, tmp_path: Path) -> 
     wanted = compile_tiny(source(case), "q8", tmp_path / "float")
     ids = token_ids(case)
     exact = all_ways(wanted, ids)
-    assert np.linalg.norm(all_ways(found, ids) - exact) < 0.01 * np.linalg.norm(exact)
+    assert np.linalg.norm(all_ways(found, ids) - exact) < 0.02 * np.linalg.norm(exact)
 
 
 def test_a_compile_tells_all_that_serving_needs(smollm2: Compiled) -> None:
@@ -217,12 +217,12 @@ from ohmygpu.convert import recipes
 from ohmygpu.convert.compile import write_graph
 from ohmygpu.convert.family import family
 from ohmygpu.convert.source import TensorInfo
-from tests.golden.llama import config
+from tests.ladder.models import cases
 from tests.memory_source import MemorySource
 
 layers, recipe, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-read = config("grouped") | {"num_hidden_layers": layers, "hidden_size": 1024, "vocab_size": 4096}
-read |= {"intermediate_size": 4096}
+read = dict(cases("llama")["grouped"].config) | {"num_hidden_layers": layers}
+read |= {"hidden_size": 1024, "vocab_size": 4096, "intermediate_size": 4096}
 llama = family("llama")
 
 class Endless(MemorySource):  # makes its rows when they are asked for

@@ -1,7 +1,4 @@
-"""The Llama family against transformers (golden vectors), on tiny models with random weights.
-
-`python tests/golden/llama.py` writes the golden vectors anew.
-"""
+"""What the ladder does not show of Llama: the graph's shape, optional inputs, bad files."""
 
 from __future__ import annotations
 
@@ -16,31 +13,34 @@ from ohmygpu.convert import recipes
 from ohmygpu.convert.compile import write_graph
 from ohmygpu.convert.family import family
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
-from tests.golden.llama import (
-    CASES,
-    PROMPT,
-    STEPS,
-    STRETCHED,
-    Float32,
-    arrays,
-    compute,
-    config,
-    golden,
-    token_ids,
-)
+from tests.ladder.models import PROMPT, Case, Float32, cases
+from tests.ladder.models import golden as golden_of
 from tests.memory_source import MemorySource
 from tests.onnx_run import OnnxRun
 
 TOLERANCE = 1e-3  # relative
 LLAMA = family("llama")
-FIXED = [case for case in CASES if case not in STRETCHED]
+FIXED = [case for case in cases("llama") if case not in ("dynamic", "longrope")]
 
 Compiled = Callable[[str], Path]
 
 
+def golden() -> dict[str, Float32]:
+    return golden_of("llama")
+
+
+def config(case: str) -> dict[str, Any]:
+    return dict(cases("llama")[case].config)
+
+
+def token_ids(case: str) -> list[int]:
+    return cases("llama")[case].token_ids
+
+
 def source(case: str, **changes: Any) -> MemorySource:
-    read = config(case) | changes
-    return MemorySource(read, arrays(case, LLAMA.weights(LLAMA.Config.read(read))))
+    origin = Case("llama", case, config(case) | changes).source()
+    origin.arrays = {name: array.copy() for name, array in origin.arrays.items()}
+    return origin
 
 
 def compile_f32(origin: MemorySource, folder: Path) -> Path:
@@ -70,37 +70,6 @@ def assert_close(found: Float32, wanted: Float32) -> None:
     assert np.linalg.norm(found - wanted) <= TOLERANCE * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_prefill_then_decode_gives_the_logits_of_transformers(
-    case: str, compiled: Compiled
-) -> None:
-    run, ids = OnnxRun(compiled(case), length=48), token_ids(case)
-    logits = [run.prefill(ids[:PROMPT])]
-    logits += [run.decode([ids[at]], [at + 1]) for at in range(PROMPT, PROMPT + STEPS)]
-    assert_close(np.concatenate(logits), golden()[case])
-
-
-@pytest.mark.parametrize("chunks", [(8, 8), (1, 1, 17), (21,)])
-@pytest.mark.parametrize("case", FIXED)
-def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(
-    case: str, chunks: tuple[int, ...], compiled: Compiled
-) -> None:
-    run = OnnxRun(compiled(case), length=48)
-    assert_close(run.prefill(token_ids(case), chunks=chunks), golden()[case])
-
-
-@pytest.mark.parametrize("case", FIXED)
-def test_rows_of_different_lengths_decode_together(case: str, compiled: Compiled) -> None:
-    run, ids, wanted = OnnxRun(compiled(case), rows=4, length=48), token_ids(case), golden()[case]
-    lengths = [3, PROMPT, 1, 11]
-    for row, length in enumerate(lengths):
-        run.prefill(ids[:length], row)
-    for step in range(STEPS):
-        totals = [length + step + 1 for length in lengths]
-        logits = run.decode([ids[total - 1] for total in totals], totals)
-        assert_close(logits, wanted[[total - 1 for total in totals]])
-
-
 @pytest.mark.parametrize("case", FIXED)
 def test_prompts_of_different_lengths_start_together(case: str, compiled: Compiled) -> None:
     run, ids, wanted = OnnxRun(compiled(case), rows=2, length=48), token_ids(case), golden()[case]
@@ -108,21 +77,6 @@ def test_prompts_of_different_lengths_start_together(case: str, compiled: Compil
     logits = run.run(np.array([short, long]), [5, 12], total=12).reshape(2, 12, -1)
     assert_close(logits[0, :5], wanted[:5])
     assert_close(logits[1], wanted[:12])
-
-
-@pytest.mark.parametrize("case", STRETCHED)
-def test_length_dependent_rope_gives_each_row_of_a_batch_its_own_frequencies(
-    case: str, compiled: Compiled
-) -> None:
-    ids, lengths = token_ids(case), [3, PROMPT, 12, PROMPT + 4]
-    alone, together = (OnnxRun(compiled(case), rows=4, length=48) for _ in range(2))
-    wanted = []
-    for row, length in enumerate(lengths):
-        alone.prefill(ids[:length])
-        wanted.append(alone.decode([ids[length]], [length + 1]))
-        together.prefill(ids[:length], row)
-    logits = together.decode([ids[length] for length in lengths], [n + 1 for n in lengths])
-    assert_close(logits, np.concatenate(wanted))
 
 
 def test_rope_length_makes_chunks_of_a_long_prompt_agree_with_the_whole(
@@ -247,9 +201,3 @@ def test_what_is_not_built_is_refused_by_name(changes: dict[str, Any], message: 
 def test_a_bad_field_of_the_config_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CorruptFile, match=message):
         LLAMA.Config.read(config("grouped") | changes)
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("case", CASES)
-def test_the_golden_logits_are_those_of_transformers(case: str) -> None:
-    assert_close(golden()[case], compute(case, source(case).arrays))

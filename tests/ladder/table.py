@@ -1,0 +1,60 @@
+"""docs/families.md: families by checks, each cell the largest error over the family's cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .checks import CHECKS, Bench, distance
+from .models import Case, all_cases, families, golden
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+_HEAD = """# Architectures
+
+One file in `converters/` for each. Every architecture is checked against transformers, number by
+number, on tiny models with random weights; `python -m tests.ladder table` writes this page, and
+`tests/run` repeats the checks.
+
+**names**: transformers loads the same files with nothing left over or missing. A number is the
+largest error of any logit of any case, relative to the largest logit; a dash means that the check
+does not apply.
+
+"""
+_NONE = "\N{EN DASH}"
+
+
+def page() -> str:
+    """The page, made by running every check of every case, transformers included."""
+    worst: dict[str, dict[str, float]] = {name: {} for name in families()}
+    names: dict[str, str] = dict.fromkeys(worst, "yes")
+    count = dict.fromkeys(worst, 0)
+    for case in all_cases():
+        count[case.family] += 1
+        if distance(golden(case.family)[case.name], case.reference()) > 1e-5:
+            names[case.family] = "NO"
+        for check, error in _errors(case).items():
+            worst[case.family][check] = max(error, worst[case.family].get(check, 0.0))
+    columns = ["family", "cases", "names", *CHECKS]
+    lines = [_row(columns), _row(["---"] * len(columns))]
+    for name in families():
+        cells = [_cell(worst[name].get(check), CHECKS[check].tolerance) for check in CHECKS]
+        lines.append(_row([f"`{name}`", str(count[name]), names[name], *cells]))
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def _errors(case: Case) -> dict[str, float]:
+    with TemporaryDirectory() as folder:
+        bench = Bench(case, Path(folder))
+        found = {name: check.measure(bench) for name, check in CHECKS.items()}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _cell(error: float | None, tolerance: float) -> str:
+    if error is None:
+        return _NONE
+    return f"{error:.0e}" if error <= tolerance else f"FAILS {error:.0e}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
