@@ -53,11 +53,13 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     Raises UnsupportedModel for an architecture without a converter, where that is known by now,
     and InvalidRequest for a recipe that does not exist or does not suit the source.
     """
-    from .convert import family, recipes
+    from .convert import checkpoint, family, recipes
     from .core import hardware
 
-    family_name = "" if resolved.config is None else family.check_supported(resolved.config)
     filenames = [file.filename for file in resolved.files]
+    family_name = (
+        "" if resolved.config is None else family.check_supported(resolved.config, filenames)
+    )
     if resolved.gguf_architecture is not None:
         family.check_gguf_architecture(resolved.gguf_architecture, filenames[0])
     if resolved.source_format == "safetensors":
@@ -76,10 +78,11 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     if asked is None and settings.models.recipe != "auto":
         asked = settings.models.recipe
     processor = recipes.target(target)
+    has_blocks = source_format == "gguf" or checkpoint.keeps_blocks(resolved.config or {})
     chosen = recipes.recipe(
-        asked or recipes.default_recipe(source_format, processor, _float_bytes(resolved))
+        asked or recipes.default_recipe(has_blocks, processor, _float_bytes(resolved))
     )
-    recipes.check(chosen, processor, source_format)
+    recipes.check(chosen, processor, has_blocks)
     variant = chosen.name
     if source_format == "gguf" and resolved.variant:
         suffix = "" if chosen.name == "exact" else f"-{chosen.name}"
@@ -97,15 +100,25 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
 
 def compiled_estimate_bytes(plan: Plan) -> int:
     """About how large the compiled model is going to be."""
+    from .convert.checkpoint import stored_bits
+
     weights = sum(file.size for file in plan.resolved.files if file.format in _WEIGHTS)
-    return int(weights * _GROWTH.get((plan.resolved.source_format, plan.recipe), 2.0))
+    source_format = plan.resolved.source_format
+    if stored_bits(plan.resolved.config or {}) is not None:
+        source_format = "gguf"  # as dense
+    return int(weights * _GROWTH.get((source_format, plan.recipe), 2.0))
 
 
 def _float_bytes(resolved: Resolved) -> int:
     """About what the weights take in float32, judged by the size and precision of their files."""
+    from .convert.checkpoint import stored_bits
+
     size = sum(file.size for file in resolved.files if file.format in _WEIGHTS)
     if resolved.source_format == "safetensors":
         config = resolved.config or {}
+        quantised = stored_bits(config)
+        if quantised is not None:
+            return size * 32 // quantised
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         return size if dtype == "float32" else 2 * size
     digits = "".join(filter(str.isdigit, (resolved.variant or "").partition("_")[0]))

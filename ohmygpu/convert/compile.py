@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
+from ohmygpu.core.errors import CorruptFile
 from ohmygpu.core.files import explain
 from ohmygpu.core.records import COMPILE_FILE, CompiledModel
 
 from . import recipes
 from .decoder import Decoder, Emitter
+from .embedding import as_embedding_model, embedder_of, write_embedding_graph
 from .family import CONVERTER_VERSION, check_supported, family
 from .graph import Graph
 from .recipes import Recipe, Target
@@ -34,7 +36,8 @@ def compile_model(
     """
     chosen, processor = recipes.recipe(recipe), recipes.target(target)
     with closing(open_source(files)) as source:
-        recipes.check(chosen, processor, source.format)
+        has_blocks = any(source.block_layout(name) is not None for name in source.tensors)
+        recipes.check(chosen, processor, source.format == "gguf" or has_blocks)
         try:
             return compile_source(source, output, chosen, processor, progress)
         except OSError as error:
@@ -52,10 +55,16 @@ def compile_source(
     progress: Progress = lambda done, total: None,
 ) -> CompiledModel:
     """`compile_model` for an opened source."""
-    name = check_supported(source.config)
+    name = check_supported(source.config, source.files)
+    embedder = embedder_of(source, name)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(source, output)
-    decoder, weights_bytes = write_graph(source, output, recipe, target, progress)
+    if embedder is None:
+        decoder, weights_bytes = write_graph(source, output, recipe, target, progress)
+    else:
+        decoder, weights_bytes = write_embedding_graph(
+            source, output, recipe, target, progress, name, embedder
+        )
     compiled = CompiledModel(
         family=name,
         converter_version=CONVERTER_VERSION,
@@ -84,6 +93,8 @@ def compile_source(
         license=str(source.config.get("license") or ""),
         files=_sizes(output),
     )
+    if embedder is not None:
+        compiled = as_embedding_model(compiled, embedder)
     compiled.save(output)
     return compiled
 
@@ -94,6 +105,11 @@ def write_graph(
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     builder = family(check_supported(source.config))
     config = builder.Config.read(source.config)
+    if config.decoder.layers > len(source.tensors):  # before a name is made for each of them
+        raise CorruptFile(
+            f"the config says {config.decoder.layers} layers and the files hold "
+            f"{len(source.tensors)} tensors; they do not belong together"
+        )
     check_names(source, builder.weights(config), lambda name: builder.ignored(config, name))
     viewed = builder.view(config, source)
     with (

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ohmygpu.core.errors import UnsupportedModel
+from ohmygpu.core.sentence_files import MODULES_FILE
+
+from .checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
     from .decoder import Decoder, Emitter
@@ -26,7 +29,15 @@ CONVERTER_VERSION = 1
 _PACKAGE = "ohmygpu.converters"
 
 # model_type → the family that is exactly the same network under another name
-ALIASES: Mapping[str, str] = {"code_llama": "llama"}
+ALIASES: Mapping[str, str] = {
+    "camembert": "roberta",
+    "code_llama": "llama",
+    "xlm-roberta": "roberta",
+}
+
+# families that make vectors of texts, in both directions at once, and never generate
+ENCODERS = frozenset({"bert", "distilbert", "modernbert", "mpnet", "roberta"})
+_ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")  # endings of `architectures`
 
 
 GGUF_ARCHITECTURES: Mapping[str, str] = {
@@ -98,11 +109,11 @@ def supported_model_types() -> list[str]:
     return sorted({path.stem for path in files if not path.stem.startswith("_")} | set(ALIASES))
 
 
-def check_supported(config: Mapping[str, Any]) -> str:
-    """The family that builds a model with this config.
+def check_supported(config: Mapping[str, Any], filenames: Iterable[str] = ()) -> str:
+    """The family that builds a model with this config, in a repository with these files.
 
     Raises UnsupportedModel, saying what it is and what is supported, for other architectures, for
-    models that do not generate text, and for checkpoints in a quantised layout.
+    models that neither generate text nor embed it, and for checkpoints quantised in a way that is not read.
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
@@ -116,21 +127,26 @@ def check_supported(config: Mapping[str, Any]) -> str:
             model_type=model_type,
             supported=supported,
         )
-    if architectures and not any("CausalLM" in str(entry) for entry in architectures):
+    found = ALIASES.get(str(model_type), str(model_type))
+    _check_purpose(found, [str(entry) for entry in architectures], MODULES_FILE in filenames)
+    read_checkpoint(config)
+    return found
+
+
+def _check_purpose(name: str, architectures: list[str], embeds: bool) -> None:
+    """Raise UnsupportedModel for a class that neither generates text nor (`embeds`) embeds it."""
+    if name in ENCODERS:
+        allowed = any(entry.endswith(_ENCODER_CLASSES) for entry in architectures)
+    else:
+        allowed = any("CausalLM" in entry for entry in architectures)
+        allowed |= embeds and any(entry.endswith("Model") for entry in architectures)
+    if architectures and not allowed:
         raise UnsupportedModel(
-            f"{architectures[0]} does not generate text: only causal language models are supported",
-            model_type=model_type,
-            supported=supported,
+            f"{architectures[0]} neither generates text nor embeds it: only causal language models "
+            f"and embedding models (with a {MODULES_FILE}, or of the families "
+            f"{', '.join(sorted(ENCODERS))}) are supported",
+            architecture=architectures[0],
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise UnsupportedModel(
-            f"the checkpoint is quantised ({str(method or 'unknown method')[:40]}); "
-            "pull the original weights or a GGUF file of this model instead",
-            model_type=model_type,
-        )
-    return ALIASES.get(str(model_type), str(model_type))
 
 
 def check_gguf_architecture(architecture: object, filename: str) -> str:

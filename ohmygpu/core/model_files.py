@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import CorruptFile, InvalidRequest, ModelNotFound, UnsupportedModel
 from .refs import name_from_stem, quant_label
+from .sentence_files import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, sentence_files
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +24,7 @@ MAX_CONFIG_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 
 _CONFIG_FILES = (CONFIG_FILE, "generation_config.json")
+_SENTENCE_FILES = (MODULES_FILE, LENGTH_FILE, PROMPTS_FILE)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -80,7 +82,8 @@ def artifact_format(name: str) -> str:
             return suffix
     if base in _TOKENIZER_FILES or base in _SLOW_TOKENIZER_FILES:
         return "tokenizer"
-    return "config" if base in _CONFIG_FILES or base == INDEX_FILE else "other"
+    is_config = base in (*_CONFIG_FILES, *_SENTENCE_FILES, INDEX_FILE)
+    return "config" if is_config else "other"
 
 
 def select_files(names: Collection[str], variant: str | None, read: Read, where: str) -> Selection:
@@ -108,6 +111,7 @@ def select_files(names: Collection[str], variant: str | None, read: Read, where:
     chosen = [name for name in (*_CONFIG_FILES, *_TOKENIZER_FILES) if name in names]
     if "tokenizer.json" not in names:
         chosen += [name for name in _SLOW_TOKENIZER_FILES if name in names]
+    chosen += sentence_files(names, read, where)
     return Selection(
         filenames=tuple(map(check_filename, (*chosen, *weights))),
         source_format="safetensors",

@@ -97,6 +97,12 @@ class CompiledModel:
         → present.{i}.key|value        kv_dtype (B, K, T, D), bound to the same memory as the past
 
     B > 1 needs S == 1 (decode) or all rows starting at 0 (GroupQueryAttention's rule).
+
+    The graph of an embedding model (kind "encoder"; E numbers in a vector):
+
+        input_ids              int64 (B, S)
+        lengths                int32 (B,)      tokens of each row; what lies behind them is padding
+        → embeddings           float32 (B, E)  pooled, and of length 1 where `normalize` says so
     """
 
     family: str
@@ -125,10 +131,19 @@ class CompiledModel:
     generation: dict[str, float] = field(default_factory=dict)  # the model's sampling defaults
     license: str = ""
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
+    kind: str = "decoder"  # decoder: generates text | encoder: gives one vector for a text
+    # of an encoder alone:
+    pooling: str = ""  # how tokens become one vector: mean, cls, last, …
+    normalize: bool = False  # whether vectors have length 1
+    embedding_length: int = 0  # numbers in a vector
+    lower_case: bool = False  # texts are to be put in lower case
+    prompts: dict[str, str] = field(default_factory=dict)  # for callers to put before their texts
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one position, over all layers."""
+        """Bytes of the keys and values of one position, over all layers; 0 without a cache."""
+        if self.kind == "encoder":
+            return 0
         element_bytes = _ELEMENT_BYTES[self.kv_dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
 
