@@ -65,6 +65,7 @@ class Emitter:
         self.decoder = decoder
         self.dtype = np.dtype(target.dtype)
         self.group_sums: dict[tuple[str, int], str] = {}  # (value, group) → its sums by group
+        self.reordered: dict[tuple[str, tuple[int, ...]], str] = {}  # (value, order) → value
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
 

@@ -45,12 +45,17 @@ def linear(
     quantised:  MatMulNBits
     with minimums:   x ─┬─ MatMulNBits ──────────────────────────── Add
                         └─ Reshape ─ ReduceSum ─ FusedMatMul(mins) ──┘
+
+    Where the weight's columns are stored in another order, x is brought into it first (Gather).
     """
     label = name_of(path)
     matrix = e.weights.matrix([part.weight for part in parts], label, head=head)
     biases = [part.bias for part in parts if part.bias is not None]
     bias = e.weights.vector(biases, f"{label}.bias") if biases else ""
     named = [output] if output else None
+    rank = 2 if x == HEAD_ROWS else 3
+    if matrix.input_order:
+        x = _reordered(e, path, x, matrix)
     if not matrix.bits:
         inner = None if bias else named
         y = e.graph.node(f"{path}/FusedMatMul", [x, matrix.data], inner, domain=MS, transB=1)
@@ -67,18 +72,28 @@ def linear(
         accuracy_level=e.target.accuracy_level,
     )
     if matrix.correction:
-        sums = _group_sums(e, path, x, matrix)
+        sums = _group_sums(e, path, x, matrix, rank)
         inputs = [sums, matrix.correction]
         minimums = e.graph.node(f"{path}/minimums/FusedMatMul", inputs, domain=MS, transB=1)
         y = e.graph.node(f"{path}/Add", [y, minimums], named)
     return y
 
 
-def _group_sums(e: Emitter, path: str, x: str, matrix: Matrix) -> str:
+def _reordered(e: Emitter, path: str, x: str, matrix: Matrix) -> str:
+    """x with its last axis in the order of the weight's columns; shared between layers."""
+    key = (x, matrix.input_order)
+    if key not in e.reordered:
+        order = e.graph.constant(
+            f"{name_of(path)}.input_order", np.array(matrix.input_order, np.int64)
+        )
+        e.reordered[key] = e.graph.node(f"{path}/input_order/Gather", [x, order], axis=-1)
+    return e.reordered[key]
+
+
+def _group_sums(e: Emitter, path: str, x: str, matrix: Matrix, rank: int) -> str:
     """Sums of x over each group of the weight's columns, (…, groups); shared between layers."""
     key = (x, matrix.group)
     if key not in e.group_sums:
-        rank = 2 if x == HEAD_ROWS else 3
         shape = np.array([0] * (rank - 1) + [matrix.groups, matrix.group], np.int64)
         shape_name = e.graph.constant(f"{name_of(path)}.group_shape", shape)
         grouped = e.graph.node(f"{path}/groups/Reshape", [x, shape_name])

@@ -74,7 +74,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "f32": Recipe("f32", 0, 0, 0),  # weights untouched
         "q8": Recipe("q8", 8, 8, 8),  # close to lossless
         "q4": Recipe("q4", 4, 8, 8),  # smallest
-        "exact": Recipe("exact", None, None, None),  # the blocks of a GGUF file, bit for bit
+        "exact": Recipe("exact", None, None, None),  # quantised weights as they are, bit for bit
     }
 )
 
@@ -101,12 +101,15 @@ def target(name: str) -> Target:
         ) from None
 
 
-def check(recipe: Recipe, target: Target, source_format: str) -> None:
-    """Raise InvalidRequest when this recipe cannot be made from this source for this target."""
-    if recipe.name == "exact" and source_format != "gguf":
+def check(recipe: Recipe, target: Target, has_blocks: bool) -> None:
+    """Raise InvalidRequest when this recipe cannot be made from this source for this target.
+
+    `has_blocks`: the source stores quantised weights that `exact` can keep.
+    """
+    if recipe.name == "exact" and not has_blocks:
         raise InvalidRequest(
-            "the recipe exact keeps the blocks of a GGUF file; "
-            "for SafeTensors weights choose q8, q4 or f32",
+            "the recipe exact keeps weights that are quantised already (GGUF, GPTQ, AWQ); "
+            "for these choose q8, q4 or f32",
             param="recipe",
         )
     if recipe.name == "f32" and target.name != "cpu":
@@ -117,14 +120,14 @@ def check(recipe: Recipe, target: Target, source_format: str) -> None:
         )
 
 
-def default_recipe(source_format: str, target: Target, float_bytes: int) -> str:
+def default_recipe(has_blocks: bool, target: Target, float_bytes: int) -> str:
     """The recipe used when none is asked for.
 
     `float_bytes` is what the weights take in float32, about. A model that is small even so stays
     unquantised on a CPU: it is fast as it is, and small models lose the most to rounding (greedy
-    answers of a 135M model change with 8-bit activations). Beyond that, a GGUF file keeps its
-    blocks (`exact`) and SafeTensors get `q8`.
+    answers of a 135M model change with 8-bit activations). Beyond that, weights that are quantised
+    already (`has_blocks`: GGUF, GPTQ, AWQ) are kept (`exact`) and others get `q8`.
     """
     if target.name == "cpu" and float_bytes <= SMALL_FLOAT_BYTES:
         return "f32"
-    return "exact" if source_format == "gguf" else "q8"
+    return "exact" if has_blocks else "q8"

@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 
@@ -30,7 +31,7 @@ from .source import (
     SourceFormat,
     TensorInfo,
     read_raw,
-    row_chunks,
+    read_whole,
 )
 
 MAX_HEADER_BYTES = 100_000_000
@@ -43,6 +44,7 @@ _DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,  # scales: powers of two
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
@@ -102,13 +104,22 @@ class SafetensorsFile:
 
     def read_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows start:stop along the first axis as float32; a scalar is one row."""
+        info = self._stored[name].info
+        values = to_float32(self._raw_rows(name, start, stop), info.dtype)
+        return values.reshape(stop - start, *info.shape[1:])
+
+    def read_stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows start:stop in the type they are stored in."""
+        info = self._stored[name].info
+        values: NDArray[Any] = self._raw_rows(name, start, stop).view(_DTYPES[info.dtype])
+        return values.reshape(stop - start, *info.shape[1:])
+
+    def _raw_rows(self, name: str, start: int, stop: int) -> Bytes:
         stored = self._stored[name]
-        shape = stored.info.shape
-        rows = shape[0] if shape else 1
+        rows = stored.info.shape[0] if stored.info.shape else 1
         row_bytes = stored.nbytes // rows if rows else 0
         offset = stored.offset + start * row_bytes
-        raw = read_raw(self._file, self.name, offset, stop - start, row_bytes)
-        return to_float32(raw, stored.info.dtype).reshape(stop - start, *shape[1:])
+        return read_raw(self._file, self.name, offset, stop - start, row_bytes)
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -195,17 +206,17 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Float32:
         """A whole tensor as float32."""
-        shape = self.tensors[name].shape
-        if len(shape) < 2:
-            return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
-        values = np.empty(shape, dtype=np.float32)
-        for start, stop in row_chunks(shape[0], prod(shape[1:])):
-            values[start:stop] = self.read_rows(name, start, stop)
-        return values
+        return read_whole(self, name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows start:stop as float32."""
         return self._where[name].read_rows(name, start, stop)
+
+    def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start:stop in the type they are stored in: the codes of a quantised layer."""
+        shape = self.tensors[name].shape
+        stop = (shape[0] if shape else 1) if stop is None else stop
+        return self._where[name].read_stored(name, start, stop)
 
     def block_layout(self, name: str) -> BlockLayout | None:
         """None: SafeTensors weights are not stored in blocks."""

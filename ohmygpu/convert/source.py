@@ -47,11 +47,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """What `Source.blocks` would give for a tensor, known without reading it."""
+    """What `Source.blocks` would give for a tensor, known without reading it.
+
+    `input_order`, where there is one, says which column of the weight each of the blocks' columns
+    is: the product needs its input in that order too.
+    """
 
     bits: int
     block_size: int
     has_correction: bool
+    input_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +170,10 @@ def open_source(files: Mapping[str, Path]) -> Source:
 
         return GgufSource(gguf)
     if safetensors:
+        from .checkpoint_source import open_checkpoint
         from .safetensors import SafetensorsSource
 
-        return SafetensorsSource(files)
+        return open_checkpoint(SafetensorsSource(files))
     pickles = [name for name in files if name.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise UnsupportedModel(
@@ -177,6 +183,17 @@ def open_source(files: Mapping[str, Path]) -> Source:
     raise UnsupportedModel(
         "no weights found: a model needs *.safetensors files with a config.json, or a *.gguf file"
     )
+
+
+def read_whole(source: Source, name: str) -> Float32:
+    """A whole tensor of `source`, read some rows at a time."""
+    shape = source.tensors[name].shape
+    if len(shape) < 2:
+        return source.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
+    values = np.empty(shape, dtype=np.float32)
+    for start, stop in row_chunks(shape[0], prod(shape[1:])):
+        values[start:stop] = source.read_rows(name, start, stop)
+    return values
 
 
 def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:

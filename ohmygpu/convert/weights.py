@@ -35,7 +35,8 @@ class Matrix:
 
     `bits` 0 means one float per weight in `data`; otherwise `data` holds codes (rows, groups,
     group * bits / 8), `scales` (rows, groups) and, where the source's blocks have a minimum,
-    `correction` (rows, groups), which is to be added to every weight of its group.
+    `correction` (rows, groups), which is to be added to every weight of its group. Where there is
+    an `input_order`, the columns are in that order, and the input has to be too.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Matrix:
     data: str
     scales: str = ""
     correction: str = ""
+    input_order: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -60,6 +62,7 @@ class Layout:
     group: int = GROUP
     from_blocks: bool = False
     has_correction: bool = False
+    input_order: tuple[int, ...] = ()
 
 
 class Weights:
@@ -110,7 +113,9 @@ class Weights:
         blocks = self._source.block_layout(name)
         if blocks is None:
             return Layout(0)
-        return Layout(blocks.bits, blocks.block_size, True, blocks.has_correction)
+        return Layout(
+            blocks.bits, blocks.block_size, True, blocks.has_correction, blocks.input_order
+        )
 
     def matrix(self, names: Sequence[str], label: str, *, head: bool = False) -> Matrix:
         """Matrices with equal columns and layouts, stacked by rows; the same names are written
@@ -159,7 +164,16 @@ class Weights:
         correction = ""
         if corrections:
             correction = self._graph.weight(f"{label}.minimums", self.dtype, small, corrections)
-        return Matrix(rows, columns, layout.bits, layout.group, data, scale, correction)
+        return Matrix(
+            rows,
+            columns,
+            layout.bits,
+            layout.group,
+            data,
+            scale,
+            correction,
+            layout.input_order,
+        )
 
     def _block_pieces(
         self, names: Sequence[str], _: Layout
@@ -237,13 +251,25 @@ def check_names(
                 f"{name} has shape {list(found[name].shape)} where the config says {list(shape)}",
                 tensor=name,
             )
-    unknown = [name for name in found if name not in expected and not ignored(name)]
+    unknown = [
+        name
+        for name in found
+        if name not in expected and not ignored(name) and not _is_zero_bias(source, name)
+    ]
     if unknown:
         raise UnsupportedModel(
             f"the weights hold {unknown[0]}, which this architecture does not have "
             f"({len(unknown)} such tensors)",
             tensor=unknown[0],
         )
+
+
+def _is_zero_bias(source: Source, name: str) -> bool:
+    """Whether it is a bias that adds nothing: some quantisers give one to every layer."""
+    weight = source.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or weight is None:
+        return False
+    return source.tensors[name].shape == weight.shape[:1] and not source.read(name).any()
 
 
 def _finished(

@@ -50,7 +50,7 @@ def test_a_supported_config_gives_its_family() -> None:
         ({"model_type": ["llama"]}, "has no converter"),
         ({"model_type": "__init__"}, "architecture __init__ has no converter"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "does not generate text"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\).*GGUF"),
+        (LLAMA | {"quantization_config": {"quant_method": "hqq"}}, r"not read \(hqq;.*GGUF"),
     ],
 )
 def test_what_has_no_converter_is_refused_and_what_has_one_is_listed(
@@ -84,7 +84,7 @@ def test_asking_what_is_supported_imports_nothing_heavy() -> None:
     code = (
         "import sys; from ohmygpu.convert import family, recipes; family.supported_model_types();"
         "family.compile_key(['a'], 'llama', 'q8', 'cpu'); "
-        "recipes.default_recipe('gguf', recipes.target('cpu'), 1);"
+        "recipes.default_recipe(True, recipes.target('cpu'), 1);"
         "heavy = {'numpy', 'onnx', 'transformers', 'onnxruntime', 'torch', 'converters'};"
         "print(*heavy & set(sys.modules))"
     )
