@@ -50,6 +50,8 @@ def test_the_wheel_holds_ohmygpu_alone_with_every_module(tmp_path: Path) -> None
             inside = Path("ohmygpu") / inside
         assert inside.as_posix() in names
     assert "ohmygpu/py.typed" in names
+    for path in ROOT.glob("ohmygpu/**/*.txt"):
+        assert path.relative_to(ROOT).as_posix() in names
 
 
 def test_every_dependency_has_its_reason_in_the_contributing_page() -> None:

@@ -1,7 +1,9 @@
 """Progress events: one small noun, the same in the CLI, over HTTP and between processes.
 
 A pull yields them in order: `resolve`, then `download` (many, one counter over all files), then
-`verify`, then `compile` (many), then exactly one `done` or `error`.
+`verify`, then `compile` (many), then exactly one `done` or `error`. Where the result is to be
+measured, `compile` (the float32 reference) and `measure` (many, counting bytes of text) follow;
+measuring an installed model yields only these.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, Literal
 
 from .errors import OhMyGPUError
 
-Phase = Literal["resolve", "download", "verify", "compile", "done", "error"]
+Phase = Literal["resolve", "download", "verify", "compile", "measure", "done", "error"]
 
 
 @dataclass(frozen=True, slots=True)

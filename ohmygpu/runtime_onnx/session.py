@@ -48,9 +48,13 @@ def available_providers() -> list[str]:
 
 
 def open_session(
-    folder: Path, compiled: CompiledModel, execution_provider: str, threads: int
+    folder: Path,
+    compiled: CompiledModel,
+    execution_provider: str,
+    threads: int,
+    graph: str = GRAPH_FILE,
 ) -> OpenedSession:
-    """Open the graph in `folder` on `execution_provider` (auto, CPU or CUDA).
+    """Open `graph` in `folder` on `execution_provider` (auto, CPU or CUDA).
 
     `auto` takes CUDA where the model was compiled for it and falls back to the CPU with a note;
     an execution provider asked for by name is never replaced by another.
@@ -59,14 +63,28 @@ def open_session(
     wanted = _resolve(compiled, execution_provider)
     if wanted == "CUDA":
         try:
-            return OpenedSession(_open_cuda(folder), "CUDA")
+            return OpenedSession(_open_cuda(folder, graph), "CUDA")
         except RuntimeFailure as error:
             if execution_provider != "auto":
                 raise
             note = f"runs on the CPU, slowly: {error.message}"
             _logger.warning("%s", note)
-            return OpenedSession(_open_cpu(folder, threads), "CPU", note)
-    return OpenedSession(_open_cpu(folder, threads), "CPU")
+            return OpenedSession(_open_cpu(folder, threads, graph), "CPU", note)
+    return OpenedSession(_open_cpu(folder, threads, graph), "CPU")
+
+
+def open_streamed(folder: Path, threads: int) -> Any:
+    """A session of the graph in `folder` on the CPU that keeps no copy of its weights.
+
+    They are read from their file through a mapping: slower than a copy laid out for the processor,
+    but the system can drop what it read, so a model may be larger than the memory.
+    Raises RuntimeFailure, OutOfMemory or CorruptFile.
+    """
+    onnxruntime = import_onnxruntime()
+    options = _options(onnxruntime)
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return _create(onnxruntime, folder / GRAPH_FILE, options, ["CPUExecutionProvider"])
 
 
 def _resolve(compiled: CompiledModel, execution_provider: str) -> str:
@@ -95,7 +113,7 @@ def _options(onnxruntime: Any) -> Any:
     return options
 
 
-def _open_cpu(folder: Path, threads: int) -> Any:
+def _open_cpu(folder: Path, threads: int, graph: str) -> Any:
     onnxruntime = import_onnxruntime()
     options = _options(onnxruntime)
     options.intra_op_num_threads = threads
@@ -105,10 +123,10 @@ def _open_cpu(folder: Path, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return _create(onnxruntime, folder, options, ["CPUExecutionProvider"])
+    return _create(onnxruntime, folder / graph, options, ["CPUExecutionProvider"])
 
 
-def _open_cuda(folder: Path) -> Any:
+def _open_cuda(folder: Path, graph: str) -> Any:
     """Written to ONNX Runtime's documented interface; it has not been run on a GPU."""
     onnxruntime = import_onnxruntime()
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -120,7 +138,7 @@ def _open_cuda(folder: Path) -> Any:
     # Weights outside the arena: it would round their size up and keep the rest.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     provider = ("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
-    session = _create(onnxruntime, folder, options, [provider, "CPUExecutionProvider"])
+    session = _create(onnxruntime, folder / graph, options, [provider, "CPUExecutionProvider"])
     if "CUDAExecutionProvider" not in session.get_providers():  # it falls back without a word
         raise RuntimeFailure(
             "CUDA cannot be started; check that the NVIDIA driver is version 580 or newer "
@@ -129,20 +147,19 @@ def _open_cuda(folder: Path) -> Any:
     return session
 
 
-def _create(onnxruntime: Any, folder: Path, options: Any, providers: list[Any]) -> Any:
-    path = folder / GRAPH_FILE
+def _create(onnxruntime: Any, path: Path, options: Any, providers: list[Any]) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].replace(f"{folder}/", "")
+        reason = str(error).strip().partition("\n")[0].replace(f"{path.parent}/", "")
         kind = type(error).__name__
         if isinstance(error, MemoryError) or "bad_alloc" in reason or "allocate" in reason.lower():
             raise OutOfMemory(f"the model does not fit in memory: {reason}") from error
         if kind in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile"):
             # A pull takes a file of the right size for whole, so the model must go first.
             raise CorruptFile(
-                f"{GRAPH_FILE} is damaged ({reason}); remove it with omg model rm, then pull the "
+                f"{path.name} is damaged ({reason}); remove it with omg model rm, then pull the "
                 "model again",
-                file=GRAPH_FILE,
+                file=path.name,
             ) from error
         raise RuntimeFailure(f"ONNX Runtime cannot load the model: {reason}") from error

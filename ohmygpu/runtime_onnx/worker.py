@@ -1,13 +1,18 @@
-"""The process that holds one model: `serve`, and `probe` and `bench` for install and tuning.
+"""The process that holds one model: `serve`; `probe`, `bench` and `verify` for install and tuning.
 
     python -m ohmygpu.runtime_onnx.worker serve --fd N '<RunSpec as JSON>'
     python -m ohmygpu.runtime_onnx.worker probe
     python -m ohmygpu.runtime_onnx.worker bench '<RunSpec as JSON>'
+    python -m ohmygpu.runtime_onnx.worker verify '<VerifyJob as JSON>' | -
 
 `serve` speaks runtime_wire over the inherited socket N. The main thread reads frames, prompts are
 tokenised on a pool, the engine's thread writes one frame a step. Writing blocks: a parent that does
 not read holds the engine up, and memory does not grow. The parent's end is ours: at end of file,
 and on Linux at its death, the process exits at once.
+
+`verify` prints JSON lines: {"done_bytes", "total_bytes"} of the text as it goes, then exactly one
+of {"fidelity": Fidelity} and {"error"}. With `-` the job is the first line of standard input, and
+the process ends when that is closed.
 """
 
 from __future__ import annotations
@@ -169,6 +174,40 @@ def serve(fd: int, spec: RunSpec) -> NoReturn:
     _exit(status)
 
 
+def verify(text: str) -> int:
+    """Measure the VerifyJob `text` and print it; the exit status."""
+    from .verify import VerifyJob, measure
+
+    if text == "-":
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        text = sys.stdin.readline()
+        threading.Thread(target=_exit_with_stdin, daemon=True).start()
+
+    def write(message: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(message, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+
+    try:
+        try:
+            job = VerifyJob.from_dict(json.loads(text))
+        except ValueError as error:
+            raise InvalidRequest(f"not a measuring job: {error}") from error
+        found = measure(job, lambda done, total: write({"done_bytes": done, "total_bytes": total}))
+    except OhMyGPUError as error:
+        write({"error": error.to_dict()})
+        return 1
+    write({"fidelity": to_plain(found)})
+    return 0
+
+
+def _exit_with_stdin() -> None:
+    """End when whoever sent the job is gone, whatever the process is doing."""
+    while os.read(0, 4096):
+        pass
+    _exit(_EXIT_BROKEN)
+
+
 def _exit(status: int) -> NoReturn:
     """End now: no thread inside a model run can hold the process back."""
     sys.stdout.flush()
@@ -186,10 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("probe", help="what this machine can run on, as JSON")
     bench_parser = commands.add_parser("bench", help="measure the engine, as JSON")
     bench_parser.add_argument("spec", help="RunSpec as JSON")
+    verify_parser = commands.add_parser("verify", help="compare a graph with float32, as JSON")
+    verify_parser.add_argument("job", help="VerifyJob as JSON, or - for a line of standard input")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if options.command == "serve":
         serve(options.fd, RunSpec.from_json(options.spec))
+    if options.command == "verify":
+        return verify(options.job)
     from .bench import measure, probe
 
     try:
