@@ -1,0 +1,94 @@
+"""OLMo 2: Llama with norms behind attention and feed-forward, and over queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ohmygpu.convert.attention import Scores, attend, projections, separate
+from ohmygpu.convert.decoder import Emitter
+from ohmygpu.convert.layers import add, embedding, linear, lm_head, name_of
+from ohmygpu.convert.norms import rms_norm
+from ohmygpu.convert.rotary import Rotary, rotary
+
+from . import llama
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+)
+"""What a key that the config lacks means."""
+
+
+class Config(llama.Config):
+    """Llama's, read as OLMo's configs mean it."""
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> llama.Config:
+        """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
+        return llama.Config.read({**DEFAULTS, **config, "mlp_bias": False})
+
+
+def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the files and its shape."""
+    d = config.decoder
+    found = llama.weights(config)
+    for layer in range(d.layers):
+        prefix = f"model.layers.{layer}"
+        del found[f"{prefix}.input_layernorm.weight"]
+        found[f"{prefix}.post_feedforward_layernorm.weight"] = (d.hidden_size,)
+        found[f"{prefix}.self_attn.q_norm.weight"] = (d.heads * d.head_dim,)
+        found[f"{prefix}.self_attn.k_norm.weight"] = (d.kv_heads * d.head_dim,)
+    return found
+
+
+def build(config: llama.Config, e: Emitter) -> None:
+    """Emit the graph, from token ids to logits."""
+    turns = [rotary(e, config.rope)] * e.decoder.layers
+    hidden = post_norm_layers(config, e, embedding(e, llama.EMBEDDING), turns)
+    lm_head(e, hidden, llama.head(config.tie_word_embeddings))
+
+
+def post_norm_layers(config: llama.Config, e: Emitter, hidden: str, turns: Sequence[Rotary]) -> str:
+    """The last norm of `hidden` after all layers, each with a norm behind either block:
+
+    hidden += norm(attend(hidden)), then hidden += norm(feed(hidden)).
+    """
+    for layer in range(e.decoder.layers):
+        path = f"/model/layers.{layer}"
+        attended = _attention(config, e, layer, hidden, turns[layer])
+        hidden = _add_normed(e, f"{path}/post_attention_layernorm", attended, hidden)
+        fed = llama.feed_forward(config, e, layer, hidden)
+        hidden = _add_normed(e, f"{path}/post_feedforward_layernorm", fed, hidden)
+    return rms_norm(e, "/model/norm", hidden, "model.norm.weight")
+
+
+def _add_normed(e: Emitter, path: str, x: str, hidden: str) -> str:
+    """hidden + norm(x), with the norm called `path`."""
+    normed = rms_norm(e, path, x, f"{name_of(path)}.weight")
+    return add(e, f"{path}/residual", hidden, normed)
+
+
+def _attention(config: llama.Config, e: Emitter, layer: int, x: str, turn: Rotary) -> str:
+    """Attention with an RMSNorm over all queries of a token, and one over all its keys."""
+    path, prefix = llama.attention_path(layer), f"model.layers.{layer}.self_attn"
+    qkv, o = llama.projections(config, layer)
+    q, k, v = separate(e, path, projections(e, path, x, qkv))
+    q = rms_norm(e, f"{path}/q_norm", q, f"{prefix}.q_norm.weight")
+    k = rms_norm(e, f"{path}/k_norm", k, f"{prefix}.k_norm.weight")
+    scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
+    return linear(e, f"{path}/o_proj", attend(e, path, [q, k, v], layer, turn, scores), [o])
