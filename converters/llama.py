@@ -139,7 +139,13 @@ def build(config: Config, e: Emitter) -> None:
     lm_head(e, hidden, head(config.tie_word_embeddings))
 
 
-def pre_norm_layers(e: Emitter, hidden: str, attend: Block, feed: Block) -> str:
+def pre_norm_layers(
+    e: Emitter,
+    hidden: str,
+    attend: Block,
+    feed: Block,
+    norm_before_feed: str = "post_attention_layernorm",
+) -> str:
     """The last norm of `hidden` after all layers, each with a norm before either block:
 
     hidden += attend(norm(hidden)), then hidden += feed(norm(hidden)).
@@ -148,7 +154,7 @@ def pre_norm_layers(e: Emitter, hidden: str, attend: Block, feed: Block) -> str:
     normed = rms_norm(e, "/model/layers.0/input_layernorm", hidden, f"model.{first}.weight")
     for layer in range(e.decoder.layers):
         attended = attend(layer, normed)
-        following = f"layers.{layer}/post_attention_layernorm"
+        following = f"layers.{layer}/{norm_before_feed}"
         normed, hidden = _residual_norm(e, following, attended, hidden)
         fed = feed(layer, normed)
         last = layer + 1 == e.decoder.layers

@@ -1,7 +1,8 @@
 """Tiny models with random weights, and what transformers computes for them.
 
 `cases/<family>.py` holds configs: `BASE`, the config.json of a tiny model, and `CASES`, changes of
-it by name. Weights come from numpy by the names and shapes the family gives; the golden logits,
+it by name; and `NORM_MEAN`, where norms store something else than what they multiply by. Weights
+come from numpy by the names and shapes the family gives; the golden logits,
 `tests/golden/<family>.npz`, are transformers' float32 logits of PROMPT tokens in one run followed
 by those of STEPS single tokens over its KV cache.
 """
@@ -16,6 +17,7 @@ from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -67,16 +69,23 @@ class Case:
 
     @cached_property
     def arrays(self) -> dict[str, Float32]:
-        """The weights: norms about 1, everything else about 1.5 / sqrt(columns)."""
+        """The weights: norms about NORM_MEAN (1), everything else about 1.5 / sqrt(columns)."""
+        norm_mean = getattr(_cases_module(self.family), "NORM_MEAN", 1.0)
         shapes = self.module.weights(self.module.Config.read(self.config))
         rng = np.random.default_rng([11, *str(self).encode()])
         found = {}
         for name in sorted(shapes):
             shape = shapes[name]
             values = rng.standard_normal(shape) * 1.5 / np.sqrt(shape[-1])
+            values *= self._scale(name)
             is_norm = len(shape) == 1 and name.endswith("weight")
-            found[name] = (values + is_norm).astype(np.float32)
+            found[name] = (values + is_norm * norm_mean).astype(np.float32)
         return found
+
+    def _scale(self, name: str) -> float:
+        """What the cases say of this weight's size."""
+        scales = getattr(import_module(f"tests.ladder.cases.{self.family}"), "SCALES", {})
+        return next((s for suffix, s in scales.items() if name.endswith(suffix)), 1.0)
 
     def source(self) -> MemorySource:
         """The model as the input of a compile."""
@@ -104,11 +113,15 @@ class Case:
 @cache
 def cases(family_name: str) -> dict[str, Case]:
     """The cases of a family by name."""
-    module = import_module(f"tests.ladder.cases.{family_name}")
+    module = _cases_module(family_name)
     return {
         name: Case(family_name, name, module.BASE | changes)
         for name, changes in module.CASES.items()
     }
+
+
+def _cases_module(family_name: str) -> ModuleType:
+    return import_module(f"tests.ladder.cases.{family_name}")
 
 
 def families() -> list[str]:

@@ -1,0 +1,148 @@
+"""Gemma 2: Gemma with norms on both sides of each block, caps on scores and logits, and windows on
+every other layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ohmygpu.convert import config as fields
+from ohmygpu.convert.attention import Scores, attention
+from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.layers import lm_head, softcapped_lm_head
+from ohmygpu.convert.norms import rms_norm
+from ohmygpu.convert.rotary import rotary
+from ohmygpu.convert.source import Source
+from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+
+from . import gemma, llama
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    }
+)
+"""What a key that the config lacks means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Llama's config, and how scores and logits are made."""
+
+    base: llama.Config
+    score_scale: float
+    score_cap: float  # 0 = none
+    logit_cap: float  # 0 = none
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        return self.base.decoder
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> Config:
+        """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
+        filled = {**DEFAULTS, **config, "mlp_bias": False}
+        base = read_base(filled)
+        usual = [FULL if layer % 2 else SLIDING for layer in range(base.decoder.layers)]
+        return Config(
+            base=replace(base, windows=read_windows(filled, usual)),
+            score_scale=fields.number(filled, "query_pre_attn_scalar") ** -0.5,
+            score_cap=read_cap(filled, "attn_logit_softcapping"),
+            logit_cap=read_cap(filled, "final_logit_softcapping"),
+        )
+
+
+def read_base(config: Mapping[str, Any]) -> llama.Config:
+    """Llama's part of a config with no key missing. Raises CorruptFile or UnsupportedModel."""
+    gemma.refuse_both_ways(config)
+    return llama.Config.read({**config, "hidden_act": config["hidden_activation"]})
+
+
+def read_cap(config: Mapping[str, Any], key: str) -> float:
+    """A cap, 0 where the config has null. Raises CorruptFile when it is not a positive number."""
+    return 0.0 if config[key] is None else fields.number(config, key)
+
+
+def weights(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the files and its shape."""
+    d = config.decoder
+    return llama.weights(config.base) | {
+        f"model.layers.{layer}.{name}_feedforward_layernorm.weight": (d.hidden_size,)
+        for layer in range(d.layers)
+        for name in ("pre", "post")
+    }
+
+
+def ignored(config: Config, name: str) -> bool:
+    """Tensors some files carry that say nothing new."""
+    return llama.ignored(config.base, name)
+
+
+def view(config: Config, source: Source) -> Source:
+    """Norms with the 1 added that their files leave out."""
+    return gemma.with_whole_norms(source, weights(config))
+
+
+def build(config: Config, e: Emitter) -> None:
+    """Emit the graph, from token ids to logits."""
+    base = config.base
+    turn = rotary(e, base.rope)
+
+    def attend(layer: int, x: str) -> str:
+        scores = Scores(
+            scale=config.score_scale, softcap=config.score_cap, window=base.windows[layer]
+        )
+        qkv, o = llama.projections(base, layer)
+        return attention(e, llama.attention_path(layer), x, layer, turn, qkv, o, scores)
+
+    capped_head(config, e, sandwich_layers(base, e, attend))
+
+
+def sandwich_layers(config: llama.Config, e: Emitter, attend: llama.Block) -> str:
+    """The last norm of the scaled embedding after all layers, with norms around either block:
+
+    hidden += norm(attend(norm(hidden))), then hidden += norm(feed(norm(hidden))).
+    """
+
+    def attend_normed(layer: int, x: str) -> str:
+        return _norm(e, layer, "post_attention_layernorm", attend(layer, x))
+
+    def feed_normed(layer: int, x: str) -> str:
+        fed = llama.feed_forward(config, e, layer, x)
+        return _norm(e, layer, "post_feedforward_layernorm", fed)
+
+    hidden = gemma.scaled_embedding(e)
+    before_feed = "pre_feedforward_layernorm"
+    return llama.pre_norm_layers(e, hidden, attend_normed, feed_normed, before_feed)
+
+
+def _norm(e: Emitter, layer: int, name: str, x: str) -> str:
+    return rms_norm(e, f"/model/layers.{layer}/{name}", x, f"model.layers.{layer}.{name}.weight")
+
+
+def capped_head(config: Config, e: Emitter, hidden: str) -> None:
+    """The LM head, with its cap where there is one."""
+    head = llama.head(config.base.tie_word_embeddings)
+    if config.logit_cap:
+        softcapped_lm_head(e, hidden, head, config.logit_cap)
+    else:
+        lm_head(e, hidden, head)

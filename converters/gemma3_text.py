@@ -1,0 +1,112 @@
+"""Gemma 3 (text): Gemma 2 without a cap on scores, with norms over heads, and with positions of
+their own for the layers that see a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ohmygpu.convert import config as fields
+from ohmygpu.convert.attention import Scores
+from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.rope import Rope, read_rope
+from ohmygpu.convert.rotary import rotary
+from ohmygpu.convert.source import Source
+from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.core.errors import CorruptFile
+
+from . import gemma, gemma2, llama, qwen3
+
+DEFAULTS: Mapping[str, Any] = {
+    **gemma2.DEFAULTS,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "final_logit_softcapping": None,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+}
+"""What a key that the config lacks means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Gemma 2's config, and the RoPE of the layers that see a window."""
+
+    gemma2: gemma2.Config
+    local_rope: Rope
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        return self.gemma2.decoder
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> Config:
+        """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
+        filled = {**DEFAULTS, **config, "mlp_bias": False}
+        everywhere, local = read_ropes(filled)
+        base = gemma2.read_base(everywhere)
+        period = fields.integer(filled, "sliding_window_pattern", 6)
+        layers = range(1, base.decoder.layers + 1)
+        usual = [SLIDING if number % period else FULL for number in layers]
+        config2 = gemma2.Config(
+            base=replace(base, windows=read_windows(filled, usual)),
+            score_scale=fields.number(filled, "query_pre_attn_scalar") ** -0.5,
+            score_cap=0.0,  # the network has none, whatever the config says
+            logit_cap=gemma2.read_cap(filled, "final_logit_softcapping"),
+        )
+        return Config(config2, read_rope(local, base.decoder.head_dim))
+
+
+def read_ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config as the layers that see everything read it, and as the local layers do.
+
+    Newer configs have `rope_parameters` by type of layer; older ones `rope_theta` and
+    `rope_scaling` for the first, `rope_local_base_freq` for the second.
+    """
+    found = config.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise CorruptFile(
+            f"the model's config has rope_parameters = {found!r}; an object is needed"
+        )
+    scaling = config.get("rope_scaling") or {}
+    everywhere = {**(found.get(FULL) or {}), **scaling}
+    local = found.get(SLIDING) or {}
+    theta = config["rope_local_base_freq"]
+    return (
+        {**config, "rope_parameters": everywhere, "rope_scaling": None},
+        {**config, "rope_parameters": local, "rope_scaling": None, "rope_theta": theta},
+    )
+
+
+def weights(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the files and its shape."""
+    return gemma2.weights(config.gemma2) | qwen3.head_norms(config.gemma2.base)
+
+
+def ignored(config: Config, name: str) -> bool:
+    """Tensors some files carry that say nothing new."""
+    return llama.ignored(config.gemma2.base, name)
+
+
+def view(config: Config, source: Source) -> Source:
+    """Norms with the 1 added that their files leave out."""
+    return gemma.with_whole_norms(source, weights(config))
+
+
+def build(config: Config, e: Emitter) -> None:
+    """Emit the graph, from token ids to logits."""
+    base = config.gemma2.base
+    turn = rotary(e, base.rope)
+    turn_locally = rotary(e, config.local_rope, "local_rotary")
+
+    def attend(layer: int, x: str) -> str:
+        window = base.windows[layer]
+        turns = turn if window is None else turn_locally
+        scores = Scores(scale=config.gemma2.score_scale, window=window)
+        return qwen3.normed_attention(e, layer, x, turns, *llama.projections(base, layer), scores)
+
+    gemma2.capped_head(config.gemma2, e, gemma2.sandwich_layers(base, e, attend))
