@@ -18,6 +18,7 @@ from .graph import Graph
 from .recipes import Recipe, Target
 from .source import Source, open_source
 from .tokenizer import prepare_tokenizer
+from .views import with_class_prefix
 from .weights import Progress, Weights, check_names
 
 
@@ -110,8 +111,10 @@ def write_graph(
             f"the config says {config.decoder.layers} layers and the files hold "
             f"{len(source.tensors)} tensors; they do not belong together"
         )
-    check_names(source, builder.weights(config), lambda name: builder.ignored(config, name))
-    viewed = builder.view(config, source)
+    expected = builder.weights(config)
+    named = with_class_prefix(source, expected)
+    check_names(named, expected, lambda name: builder.ignored(config, name))
+    viewed = builder.view(config, named)
     with (
         Graph(output) as graph,
         closing(Weights(viewed, graph, recipe, target, config.decoder.layers, progress)) as weights,

@@ -113,7 +113,8 @@ def check_supported(config: Mapping[str, Any], filenames: Iterable[str] = ()) ->
     """The family that builds a model with this config, in a repository with these files.
 
     Raises UnsupportedModel, saying what it is and what is supported, for other architectures, for
-    models that neither generate text nor embed it, and for checkpoints quantised in a way that is not read.
+    models that neither generate text nor embed it, and for checkpoints quantised in a way that is
+    not read.
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
@@ -138,7 +139,7 @@ def _check_purpose(name: str, architectures: list[str], embeds: bool) -> None:
     if name in ENCODERS:
         allowed = any(entry.endswith(_ENCODER_CLASSES) for entry in architectures)
     else:
-        allowed = any("CausalLM" in entry for entry in architectures)
+        allowed = any("CausalLM" in entry or "LMHead" in entry for entry in architectures)
         allowed |= embeds and any(entry.endswith("Model") for entry in architectures)
     if architectures and not allowed:
         raise UnsupportedModel(

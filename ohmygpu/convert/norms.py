@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .decoder import Emitter
@@ -59,8 +61,40 @@ def skip_layer_norm(
 
 def head_rms_norm(e: Emitter, path: str, x: str, heads: int, weight: str) -> str:
     """`rms_norm` of each head of (B, S, heads * head_dim) with one weight, (head_dim,)."""
-    g, label, head_dim = e.graph, name_of(path), e.decoder.head_dim
-    apart = g.constant(f"{label}.apart", np.array([0, 0, heads, head_dim], np.int64))
-    joined = g.constant(f"{label}.joined", np.array([0, 0, heads * head_dim], np.int64))
-    value = rms_norm(e, path, g.node(f"{path}/apart/Reshape", [x, apart]), weight)
-    return g.node(f"{path}/joined/Reshape", [value, joined])
+    value = rms_norm(e, path, _heads_apart(e, path, x, heads), weight)
+    return _heads_joined(e, path, value, heads)
+
+
+def head_layer_norm(e: Emitter, path: str, x: str, heads: int, name: str) -> str:
+    """`layer_norm` of each head of (B, S, heads * head_dim) with one `name`.weight and `.bias`."""
+    apart = _heads_apart(e, path, x, heads)
+    return _heads_joined(
+        e, path, layer_norm(e, path, apart, f"{name}.weight", f"{name}.bias"), heads
+    )
+
+
+def own_head_layer_norms(e: Emitter, path: str, x: str, weights: Sequence[str]) -> str:
+    """`layer_norm` of each head of (B, S, heads * head_dim) with its own weight, (head_dim,)."""
+    g, label, heads = e.graph, name_of(path), len(weights)
+    ones = g.constant(f"{label}.ones", np.ones(e.decoder.head_dim, e.dtype))
+    value = g.node(
+        f"{path}/LayerNormalization",
+        [_heads_apart(e, path, x, heads), ones],
+        axis=-1,
+        epsilon=e.decoder.norm_epsilon,
+        stash_type=1,
+    )
+    gamma = e.weights.vector(weights, f"{label}.weight")  # (heads * head_dim,)
+    return g.node(f"{path}/Mul", [_heads_joined(e, path, value, heads), gamma])
+
+
+def _heads_apart(e: Emitter, path: str, x: str, heads: int) -> str:
+    shape = np.array([0, 0, heads, e.decoder.head_dim], np.int64)
+    name = e.graph.constant(f"{name_of(path)}.apart", shape)
+    return e.graph.node(f"{path}/apart/Reshape", [x, name])
+
+
+def _heads_joined(e: Emitter, path: str, x: str, heads: int) -> str:
+    shape = np.array([0, 0, heads * e.decoder.head_dim], np.int64)
+    name = e.graph.constant(f"{name_of(path)}.joined", shape)
+    return e.graph.node(f"{path}/joined/Reshape", [x, name])

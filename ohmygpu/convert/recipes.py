@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ohmygpu.core.errors import InvalidRequest
+from ohmygpu.core.sizes import human_bytes
 
 GROUP = 32  # weights that share a scale
 
@@ -53,8 +54,17 @@ class Recipe:
         return self.body_bits
 
 
-_ATTENTION_INPUTS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv_proj.weight")
-_DOWN_PROJECTION = re.compile(r"\.layers\.(\d+)\..*down_proj\.weight$")
+_ATTENTION_INPUTS = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+    "qkv_proj.weight",
+    "query_key_value.weight",
+    "c_attn.weight",
+)
+_DOWN_PROJECTION = re.compile(
+    r"\.(?:layers|h)\.(\d+)\..*(?:down_proj|mlp\.fc2|mlp\.c_proj|dense_4h_to_h)\.weight$"
+)
 
 
 def _is_sensitive_layer(layer: int, layers: int) -> bool:
@@ -131,3 +141,15 @@ def default_recipe(has_blocks: bool, target: Target, float_bytes: int) -> str:
     if target.name == "cpu" and float_bytes <= SMALL_FLOAT_BYTES:
         return "f32"
     return "exact" if has_blocks else "q8"
+
+
+def explain(recipe: str, float_bytes: int) -> str:
+    """Why `default_recipe` chose `recipe`, in words."""
+    if recipe == "f32":
+        return (
+            f"in float32 the weights take only {human_bytes(float_bytes)}: fast enough, and small "
+            "models lose the most to rounding"
+        )
+    if recipe == "exact":
+        return "the weights are quantised already, and are kept as they are"
+    return "close to lossless at about a quarter of float32's size"

@@ -7,7 +7,7 @@ matrix for q, k and v; heads interleaved; a prefix before every name) describes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,21 @@ class ViewedSource:
         info = self._source.tensors[view.of]
         rows = info.shape[0] if view.rows is None else len(view.rows)
         return TensorInfo(name, (rows, *info.shape[1:]), info.dtype)
+
+
+def with_class_prefix(source: Source, expected: Collection[str]) -> Source:
+    """`source` with the prefix of the model's class ("model.", "transformer.") before its names.
+
+    The prefix is that of the first of the names `expected`. Files saved from the network without
+    its LM head lack it (openai-community/gpt2); files that have it are returned as they are.
+    """
+    prefix = next(iter(expected)).partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in source.tensors):
+        return source
+    named = {
+        prefix + name if prefix + name in expected else name: View(name) for name in source.tensors
+    }
+    return ViewedSource(source, named)
 
 
 def _span(

@@ -42,3 +42,11 @@ def read_windows(config: Mapping[str, Any], usual: Sequence[str]) -> tuple[int |
         return (None,) * len(types)
     window = fields.integer(config, "sliding_window")
     return tuple(window if entry == SLIDING else None for entry in types)
+
+
+def read_window(config: Mapping[str, Any], context_tokens: int) -> int | None:
+    """Positions that all layers see: `sliding_window`, or None = all `context_tokens` of them."""
+    if config.get("sliding_window") is None:
+        return None
+    window = fields.integer(config, "sliding_window")
+    return window if window < context_tokens else None
