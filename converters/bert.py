@@ -86,7 +86,7 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     }
     if config.type_vocab_size:
         found["embeddings.token_type_embeddings.weight"] = (config.type_vocab_size, hidden)
-    parts = {"embeddings.LayerNorm": (hidden,)}
+    parts: dict[str, tuple[int, ...]] = {"embeddings.LayerNorm": (hidden,)}
     for layer in range(d.layers):
         prefix = f"encoder.layer.{layer}"
         parts |= {f"{prefix}.attention.self.{name}": (hidden, hidden) for name in _QKV}
@@ -170,9 +170,7 @@ def rest_of_layer(
     up, down = _linear(f"{prefix}.intermediate.dense"), _linear(f"{prefix}.output.dense")
     fed = mlp(e, f"{path}/mlp", hidden, up, down, config.activation)
     norm = f"{prefix}.output.LayerNorm"
-    hidden, _ = skip_layer_norm(
-        e, f"{path}/output", fed, hidden, f"{norm}.weight", f"{norm}.bias"
-    )
+    hidden, _ = skip_layer_norm(e, f"{path}/output", fed, hidden, f"{norm}.weight", f"{norm}.bias")
     return hidden
 
 

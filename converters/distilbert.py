@@ -7,8 +7,9 @@ from typing import Any
 
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import View, ViewedSource
-from ohmygpu.converters import bert
-from ohmygpu.converters.bert import build
+
+from . import bert
+from .bert import build
 
 __all__ = ["Config", "build", "ignored", "view", "weights"]
 

@@ -88,9 +88,7 @@ def _rope(config: Mapping[str, Any], kind: str, head_dim: int) -> Rope:
     if own is None and isinstance(config.get("rope_scaling"), Mapping):
         found |= config["rope_scaling"]
     positions = fields.integer(config, "max_position_embeddings", 8192)
-    return read_rope(
-        {"rope_parameters": found, "max_position_embeddings": positions}, head_dim
-    )
+    return read_rope({"rope_parameters": found, "max_position_embeddings": positions}, head_dim)
 
 
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
@@ -138,7 +136,9 @@ def view(config: Config, source: Source) -> Source:
                 start = 0
                 for name, rows in pieces if whole else ():
                     place = f"layers.{layer}.{name}.{kind}"
-                    views[place] = View(f"layers.{layer}.{stacked}.{kind}", range(start, start + rows))
+                    views[place] = View(
+                        f"layers.{layer}.{stacked}.{kind}", range(start, start + rows)
+                    )
                     start += rows
     return ViewedSource(source, views)
 

@@ -19,7 +19,8 @@ from ohmygpu.convert.embedding import EmbeddingEmitter
 from ohmygpu.convert.encoder import distance_bias, full_attention
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import View, ViewedSource
-from ohmygpu.converters import bert
+
+from . import bert
 
 _MAX_DISTANCE = 128
 _RELATIVE = "encoder.relative_attention_bias.weight"

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.converters import bert
-from ohmygpu.converters.bert import build, ignored, view, weights
+
+from . import bert
+from .bert import build, ignored, view, weights
 
 __all__ = ["Config", "build", "ignored", "view", "weights"]
 

@@ -15,6 +15,7 @@ from .core.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_EMBED_INPUTS = 2048  # as OpenAI's API
 
 
 class FinishReason(StrEnum):
@@ -143,6 +144,41 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """Texts, or token ids used as they stand, to make one vector each of.
+
+    With `truncate`, what lies beyond the context is left out; without it a text that does not fit
+    raises ContextLengthExceeded. `context_limit` lowers the context of this request only.
+    `dimensions` keeps that many numbers of each vector and gives it length 1 again (models trained
+    for it, by Matryoshka representation learning, lose little; arXiv 2205.13147). `normalize`
+    gives vectors length 1 whatever the model does; otherwise they are as the model makes them.
+    """
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    truncate: bool = False
+    dimensions: int | None = None
+    normalize: bool = False
+    context_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise InvalidRequest("there is nothing to embed; send at least one text", param="input")
+        if len(self.inputs) > MAX_EMBED_INPUTS:
+            raise InvalidRequest(
+                f"input has {len(self.inputs)} texts; {MAX_EMBED_INPUTS} is the most",
+                param="input",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedResult:
+    """One vector for each input, in their order, and how many tokens each input had."""
+
+    vectors: tuple[bytes, ...]  # little-endian float32
+    prompt_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeCaps:
     """What the loaded model can do."""
 
@@ -154,6 +190,7 @@ class RuntimeCaps:
     execution_provider: str  # "CPU", "CUDA", …
     weights_bytes: int
     kv_bytes_per_token: int
+    embedding_length: int = 0  # numbers in a vector; 0 = it generates text
 
 
 RuntimeState = Literal["loading", "ready", "error", "unloaded"]
@@ -173,7 +210,7 @@ class RuntimeStatus:
 
 
 class Runtime(Protocol):
-    """One model, ready to generate. All methods are called on one asyncio loop."""
+    """One model, ready to generate or to embed. All methods are called on one asyncio loop."""
 
     async def load(self) -> RuntimeCaps:
         """Load the model; idempotent. Raises RuntimeFailure, OutOfMemory or CorruptFile."""
@@ -192,6 +229,14 @@ class Runtime(Protocol):
 
         Raises, at the first `__anext__`: InvalidRequest, ContextLengthExceeded, Busy (queue full);
         at any: RuntimeFailure when the model dies.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """A vector for each input; cancelling it drops what is not computed yet.
+
+        Raises InvalidRequest when the model generates text, ContextLengthExceeded, Busy, or
+        RuntimeFailure when the model dies.
         """
         ...
 
@@ -228,6 +273,16 @@ def request_from_plain(data: dict[str, Any]) -> GenerateRequest:
         sampling=SamplingParams(**sampling),
         messages=None if messages is None else tuple(Message(**entry) for entry in messages),
         context_tokens=tuple(fields.pop("context_tokens", ())),
+        **fields,
+    )
+
+
+def embed_request_from_plain(data: dict[str, Any]) -> EmbedRequest:
+    """Inverse of `to_plain` for an EmbedRequest."""
+    fields = dict(data)
+    inputs = fields.pop("inputs", ())
+    return EmbedRequest(
+        inputs=tuple(entry if isinstance(entry, str) else tuple(entry) for entry in inputs),
         **fields,
     )
 

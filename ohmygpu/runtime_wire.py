@@ -3,10 +3,16 @@
 A frame is a little-endian uint32 length and that many bytes of UTF-8 JSON (an object with "op").
 
     daemon → worker   {"op":"generate","id":7,"request":{…GenerateRequest…}}
+                      {"op":"embed","id":6,"request":{…EmbedRequest…}}
                       {"op":"abort","id":7}        {"op":"health","id":8}       {"op":"unload"}
     worker → daemon   {"op":"ready","caps":{…RuntimeCaps…}}    {"op":"failed","error":{…}}    (once)
                       {"op":"step","deltas":[[7,{…Delta…}],…],"errors":[[9,{…error…}],…]}
+                      {"op":"embedded","id":6,"vectors":"…","prompt_tokens":[5,…],"last":true}
                       {"op":"health","id":8,"status":{…RuntimeStatus…}}
+
+`vectors` are little-endian float32 numbers in base64, one vector after the other; many come in
+several frames, of which the last says so. An embed request that fails is among the `errors` of a
+step.
 
 End of file on either side means the other is gone: the worker exits, the daemon ends the model's
 requests with RuntimeFailure. The model to load (a RunSpec) is the worker's argument.

@@ -6,7 +6,7 @@ lengths in place of a cache, and takes the last hidden states where the LM head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,7 +227,7 @@ class EmbeddingEmitter(Emitter):
 
     def _dense_layer(self, path: str, vector: str, step: Dense) -> str:
         g, name, file = self.graph, path.strip("/"), self._dense[step.folder]
-        wanted = {"linear.weight": (step.outputs, step.inputs)}
+        wanted: dict[str, tuple[int, ...]] = {"linear.weight": (step.outputs, step.inputs)}
         if step.bias:
             wanted["linear.bias"] = (step.outputs,)
         found = {key: info.shape for key, info in file.tensors.items()}

@@ -147,7 +147,8 @@ def local_attention(e: EmbeddingEmitter, path: str, q: str, k: str, v: str, reac
         return g.node(f"{path}/{name}/Reshape", [part, shape])
 
     padded = {
-        name: g.node(f"{path}/{name}/Pad", [x, blocks.pads]) for name, x in zip("qkv", (q, k, v), strict=True)
+        name: g.node(f"{path}/{name}/Pad", [x, blocks.pads])
+        for name, x in zip("qkv", (q, k, v), strict=True)
     }
     queries = cut("q", padded["q"], blocks.starts[1], blocks.stops[1])
     keys, values = (

@@ -13,8 +13,8 @@ from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import GenerateRequest, SamplingParams
 
 from .engine import Engine
+from .loading import LoadedModel, load_model
 from .prompt import Prompt
-from .runtime import LoadedModel, load_model
 from .session import available_providers, import_onnxruntime
 
 _PROMPT_TOKENS = 64

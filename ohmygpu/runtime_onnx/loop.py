@@ -101,6 +101,16 @@ class EngineLoop:
         """Requests without a slot, those being tokenised included."""
         return max(0, len(self._active) - self.running)
 
+    @property
+    def free_slots(self) -> int:
+        """Sequences that could start now."""
+        return self.engine.scheduler.free_slots
+
+    @property
+    def steps(self) -> int:
+        """Engine steps since load."""
+        return self.engine.steps
+
     def run(self) -> None:
         """The engine's thread: commands, then a step, until closed."""
         try:

@@ -18,6 +18,7 @@ the process ends when that is closed.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import logging
 import os
@@ -31,15 +32,21 @@ from typing import Any, NoReturn
 from ohmygpu.core.child import die_with_parent
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, RuntimeFailure
 from ohmygpu.core.records import RunSpec
-from ohmygpu.runtime_api import RuntimeState, request_from_plain, to_plain
+from ohmygpu.runtime_api import (
+    RuntimeState,
+    embed_request_from_plain,
+    request_from_plain,
+    to_plain,
+)
 from ohmygpu.runtime_wire import HEADER, decode_frame, encode_frame, frame_length
 
+from .embed_loop import Outcome
 from .engine import StepOutput
-from .loop import EngineLoop
-from .runtime import load_model, status_of
+from .serving import Loop, load_loop, status_of, submit_to
 
 _logger = logging.getLogger(__name__)
 
+_VECTORS_FRAME_BYTES = 4 << 20
 _EXIT_BROKEN = 70  # sysexits: internal software error
 
 
@@ -73,7 +80,7 @@ class Worker:
     def __init__(self, spec: RunSpec, connection: Connection) -> None:
         self._spec = spec
         self._connection = connection
-        self._loop: EngineLoop | None = None
+        self._loop: Loop | None = None
         self._state: RuntimeState = "loading"
         self._detail = ""
 
@@ -96,9 +103,9 @@ class Worker:
         op, request_id = frame.get("op"), frame.get("id")
         if not isinstance(request_id, int):
             raise ValueError(f"a frame {op!r} without an id")
-        if op == "generate":
+        if op in ("generate", "embed"):
             try:
-                self._generate(request_id, frame["request"])
+                self._submit(request_id, op, frame["request"])
             except OhMyGPUError as error:
                 self._send_step(StepOutput(errors=[(request_id, error)]))
         elif op == "abort":
@@ -112,28 +119,30 @@ class Worker:
         else:
             raise ValueError(f"unknown frame {op!r}")
 
-    def _generate(self, request_id: int, data: dict[str, Any]) -> None:
+    def _submit(self, request_id: int, op: str, data: dict[str, Any]) -> None:
         if self._loop is None:
             raise RuntimeFailure(f"{self._spec.model} is not loaded yet")
+        read = request_from_plain if op == "generate" else embed_request_from_plain
         try:
-            request = request_from_plain(data)
+            request = read(data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InvalidRequest(f"not a request: {error}") from error
-        self._loop.submit(request_id, request)
+        submit_to(self._loop, self._spec.model, request_id, request)
 
     def _load_and_run(self) -> None:
         """The engine's thread: load, say so, run until closed."""
         try:
-            loaded = load_model(self._spec)
+            loop, caps, note = load_loop(
+                self._spec, self._send_step, self._send_embeddings, self._engine_broke
+            )
         except OhMyGPUError as error:
             self._load_failed(error)
         except Exception as error:
             _logger.exception("loading %s failed", self._spec.model)
             self._load_failed(RuntimeFailure(f"{self._spec.model} cannot be loaded: {error}"))
-        self._detail, self._state = loaded.note, "ready"
-        loop = EngineLoop(loaded.engine, loaded.tokenizer, self._send_step, self._engine_broke)
+        self._detail, self._state = note, "ready"
         self._loop = loop
-        self._send_or_exit({"op": "ready", "caps": to_plain(loaded.caps)})
+        self._send_or_exit({"op": "ready", "caps": to_plain(caps)})
         loop.run()
 
     def _load_failed(self, error: OhMyGPUError) -> NoReturn:
@@ -148,6 +157,25 @@ class Worker:
         if output.errors:
             frame["errors"] = [[request_id, error.to_dict()] for request_id, error in output.errors]
         self._send_or_exit(frame)
+
+    def _send_embeddings(self, request_id: int, outcome: Outcome) -> None:
+        if isinstance(outcome, OhMyGPUError):
+            self._send_step(StepOutput(errors=[(request_id, outcome)]))
+            return
+        vectors, counts = outcome.vectors, outcome.prompt_tokens
+        many = max(1, _VECTORS_FRAME_BYTES // len(vectors[0]))
+        for start in range(0, len(vectors), many):
+            stop = min(start + many, len(vectors))
+            data = base64.b64encode(b"".join(vectors[start:stop])).decode("ascii")
+            self._send_or_exit(
+                {
+                    "op": "embedded",
+                    "id": request_id,
+                    "vectors": data,
+                    "prompt_tokens": list(counts[start:stop]),
+                    "last": stop == len(vectors),
+                }
+            )
 
     def _send_or_exit(self, frame: dict[str, Any]) -> None:
         try:

@@ -15,7 +15,7 @@ from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import Delta, FinishReason, GenerateRequest, SamplingParams
 from ohmygpu.runtime_onnx.engine import Engine, StepOutput
 from ohmygpu.runtime_onnx.prompt import Prompt
-from ohmygpu.runtime_onnx.runtime import load_model
+from ohmygpu.runtime_onnx.loading import load_model
 from ohmygpu.runtime_onnx.scheduler import Scheduler
 
 from .tiny_graph import EOS, write_tiny_model

@@ -28,7 +28,9 @@ from ohmygpu.runtime_api import (
     Runtime,
     SamplingParams,
 )
-from ohmygpu.runtime_onnx.runtime import OnnxRuntime, check_memory, choose_context, choose_threads
+from ohmygpu.runtime_onnx.loading import check_memory, choose_context, choose_threads
+from ohmygpu.runtime_onnx.loop import EngineLoop
+from ohmygpu.runtime_onnx.runtime import OnnxRuntime
 
 from .tiny_graph import HEADS, write_tiny_model
 
@@ -148,8 +150,8 @@ async def test_unloading_ends_running_requests_with_abort(
     await runtime.load()
     decoding, go_on = asyncio.Event(), threading.Event()
     events = asyncio.get_running_loop()
-    assert runtime._loaded is not None
-    model = runtime._loaded.engine.model
+    assert isinstance(runtime._loop, EngineLoop)
+    model = runtime._loop.engine.model
     decode = model.decode
 
     def slow(*arguments: Any) -> None:
@@ -174,12 +176,12 @@ async def test_a_broken_engine_fails_its_requests_and_can_be_loaded_again(
 ) -> None:
     runtime = OnnxRuntime(spec(folder))
     await runtime.load()
-    assert runtime._loaded is not None
+    assert isinstance(runtime._loop, EngineLoop)
 
     def broken() -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(runtime._loaded.engine.scheduler, "schedule", broken)
+    monkeypatch.setattr(runtime._loop.engine.scheduler, "schedule", broken)
     with pytest.raises(RuntimeFailure, match="the engine broke"):
         await collect(runtime, request())
     assert (await runtime.health()).state == "error"
