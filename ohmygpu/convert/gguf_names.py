@@ -9,8 +9,8 @@ Names: gguf's `tensor_mapping`; orders of rows: what llama.cpp's converter does,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -61,14 +61,15 @@ class Entry:
     `names` are the tensors it holds, one after another by rows; `N` is the layer. A name with `{}`
     stands for one tensor per expert (or head): the first axis of the stored tensor counts them.
     `shape` has one letter for each axis, see `sizes_of`; `parts` one letter for the rows of each
-    of several names. An `optional` tensor is in every layer or in none.
+    of several names, and `orders` may reorder the rows of each. An `optional` tensor is in every
+    layer or in none.
     """
 
     names: tuple[str, ...]
     shape: str
     parts: str = ""
     optional: bool = False
-    order: Order | None = None
+    orders: tuple[Order | None, ...] = (None,)
     shift: float = 0.0
 
 
@@ -77,12 +78,12 @@ Table = Mapping[str, Entry]
 
 def entry(name: str, shape: str, order: Order | None = None, shift: float = 0.0) -> Entry:
     """A tensor that must be there."""
-    return Entry((name,), shape, order=order, shift=shift)
+    return Entry((name,), shape, orders=(order,), shift=shift)
 
 
 def maybe(name: str, shape: str, order: Order | None = None) -> Entry:
     """A tensor that may be missing from all layers."""
-    return Entry((name,), shape, optional=True, order=order)
+    return Entry((name,), shape, optional=True, orders=(order,))
 
 
 def half_rotation(heads: str) -> Order:
@@ -147,9 +148,7 @@ def neighbouring_pairs(table: Table) -> dict[str, Entry]:
     for name, found in table.items():
         for part, order in orders.items():
             if part in name:
-                changed[name] = Entry(
-                    found.names, found.shape, optional=found.optional, order=order
-                )
+                changed[name] = replace(found, orders=(order,))
     return changed
 
 
@@ -163,7 +162,8 @@ def split_qkv(model: GgufModel, table: Table) -> dict[str, Entry]:
         parts = [changed.pop(f"blk.N.attn_{part}.{kind}") for part in "qkv"]
         shape = "AE" if kind == "weight" else "A"
         names = tuple(part.names[0] for part in parts)
-        changed[f"blk.N.{fused}"] = Entry(names, shape, parts="QKK")
+        orders = tuple(part.orders[0] for part in parts)
+        changed[f"blk.N.{fused}"] = Entry(names, shape, parts="QKK", orders=orders)
     return changed
 
 
@@ -214,14 +214,13 @@ def place(model: GgufModel, table: Table, sizes: Mapping[str, int]) -> dict[str,
     expected = dict(_every_layer(table, min(layers, len(stored))))
     _check_names(model, table, expected, stored, layers)
     found: dict[str, Placement] = {}
-    orders: dict[str, NDArray[np.int64]] = {}  # made once for all layers
+    rows: dict[str, list[NDArray[np.int64] | None]] = {}  # made once for all layers
     for name, (key, layer) in expected.items():
         if name in stored:
             _check_shape(model, stored[name], table[key], sizes)
-            order = table[key].order
-            if order is not None and key not in orders:
-                orders[key] = order(sizes)
-            for hf_name, placement in _placements(name, table[key], sizes, orders.get(key)):
+            if key not in rows:
+                rows[key] = [order and order(sizes) for order in table[key].orders]
+            for hf_name, placement in _placements(name, table[key], sizes, rows[key]):
                 found[hf_name.replace("N", str(layer))] = placement
     return found
 
@@ -285,16 +284,19 @@ def _check_shape(
 
 
 def _placements(
-    gguf_name: str, found: Entry, sizes: Mapping[str, int], rows: NDArray[np.int64] | None
+    gguf_name: str,
+    found: Entry,
+    sizes: Mapping[str, int],
+    rows: Sequence[NDArray[np.int64] | None],
 ) -> Iterator[tuple[str, Placement]]:
     shape = tuple(sizes[letter] for letter in found.shape)
-    if len(found.names) == 1 and "{}" not in found.names[0]:
-        yield found.names[0], Placement(gguf_name, shape, 0, rows, found.shift)
-        return
     if "{}" not in found.names[0]:
         first = 0
-        for name, letter in zip(found.names, found.parts, strict=True):
-            yield name, Placement(gguf_name, (sizes[letter], *shape[1:]), first)
+        for name, letter, order in zip(
+            found.names, found.parts or found.shape[0], rows, strict=True
+        ):
+            part = (sizes[letter], *shape[1:])
+            yield name, Placement(gguf_name, part, first, order, found.shift)
             first += sizes[letter]
         return
     height = prod(shape[1:-1])  # rows of one expert, 1 for a vector

@@ -98,7 +98,7 @@ def write_gguf(
     """Write a model with gguf's own writer; without arguments the tiny llama."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (llama_metadata() if metadata is None else metadata).items():
-        _add(writer, key, value)
+        add_value(writer, key, value)
     if tensors is None:
         tensors = llama_tensors(np.random.default_rng(0))
     for name, (data, type_name) in tensors.items():
@@ -113,7 +113,8 @@ def write_gguf(
     return path
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
+def add_value(writer: Any, key: str, value: Any) -> None:
+    """Add a metadata entry in the type that real files have it in."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, str):
