@@ -18,7 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, InvalidRequest, UnsupportedModel
-from ohmygpu.core.model_files import PICKLE_SUFFIXES
+from ohmygpu.core.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    PICKLE_SUFFIXES,
+)
 
 SourceFormat = Literal["safetensors", "gguf"]
 Float32 = NDArray[np.float32]
@@ -155,9 +160,18 @@ class Source(Protocol):
 def open_source(files: Mapping[str, Path]) -> Source:
     """Open a model from its files (name in the repository → path on disk).
 
+    Where a LoRA adapter is among them, it is merged into the model.
     Raises UnsupportedModel when there are no weights we can read, CorruptFile when a file does not
     hold what it should, InvalidRequest when the files are not one model.
     """
+    adapter = {name: files[name] for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in files}
+    model = {name: path for name, path in files.items() if name not in adapter}
+    if len(adapter) == 2 and any(
+        name == CONFIG_FILE or name.lower().endswith(".gguf") for name in model
+    ):
+        from .adapter import AdapterSource
+
+        return AdapterSource(open_source(model), adapter)
     gguf = {name: path for name, path in files.items() if name.lower().endswith(".gguf")}
     safetensors = [name for name in files if name.lower().endswith(".safetensors")]
     if gguf and safetensors:

@@ -28,7 +28,7 @@ from .http import (
     with_retries,
 )
 from .hub_errors import explain_refusal
-from .model_files import artifact_format, check_filename, select_files
+from .model_files import Select, artifact_format, check_filename, select_files
 from .provider import RemoteFile, Resolved
 from .records import Artifact, Revision
 from .transfer import Patience
@@ -279,8 +279,8 @@ class HubProvider:
         self._connections = settings.hub.connections
         self._patience = patience
 
-    def resolve(self, ref: ModelRef) -> Resolved:
-        """What `ref` means at the hub now."""
+    def resolve(self, ref: ModelRef, select: Select = select_files) -> Resolved:
+        """What `ref` means at the hub now; `select` chooses among the repository's files."""
         info = self.hub.resolve(ref.repo, ref.revision)
         by_name = {file.filename: file for file in info.files}
 
@@ -289,7 +289,7 @@ class HubProvider:
                 raise CorruptFile(f"{name} of {info.repo} has {by_name[name].size} bytes; refused")
             return self.hub.small_file(info.repo, info.commit, check_filename(name), max_bytes)
 
-        chosen = select_files(by_name, ref.variant, read, info.repo)
+        chosen = select(by_name, ref.variant, read, info.repo)
         is_gguf = chosen.source_format == "gguf"
         head_url = by_name[chosen.filenames[0]].url
         return Resolved(

@@ -8,12 +8,19 @@ import struct
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import CorruptFile, InvalidRequest, ModelNotFound, UnsupportedModel
 from .events import Event, EventSink
 from .gguf_header import HEAD_BYTES, architecture_of
-from .model_files import PICKLE_SUFFIXES, Selection, artifact_format, select_files
+from .model_files import (
+    PICKLE_SUFFIXES,
+    Read,
+    Select,
+    Selection,
+    artifact_format,
+    select_files,
+)
 from .provider import RemoteFile, Resolved
 from .records import Artifact
 from .refs import quant_label
@@ -31,15 +38,15 @@ _REPORT_EVERY_S = 0.1
 class LocalProvider:
     """Models on this machine, as a `Provider`."""
 
-    def resolve(self, ref: ModelRef) -> Resolved:
-        """The model at the path `ref.repo`.
+    def resolve(self, ref: ModelRef, select: Select = select_files) -> Resolved:
+        """The model at the path `ref.repo`; `select` chooses among a folder's files.
 
         Raises ModelNotFound, CorruptFile (truncated, or not what its name says), UnsupportedModel.
         """
         path = Path(ref.repo)
         try:
             if path.is_dir():
-                return self._resolve_folder(ref, path)
+                return self._resolve_folder(ref, path, select)
             if path.is_file():
                 return self._resolve_file(ref, path)
         except OSError as error:
@@ -121,7 +128,7 @@ class LocalProvider:
             gguf_architecture=architecture_of(head),
         )
 
-    def _resolve_folder(self, ref: ModelRef, folder: Path) -> Resolved:
+    def _resolve_folder(self, ref: ModelRef, folder: Path, select: Select) -> Resolved:
         names = _names_in(folder)
 
         def read(name: str, max_bytes: int) -> bytes:
@@ -131,7 +138,7 @@ class LocalProvider:
                 raise CorruptFile(f"{folder / name} has more than {max_bytes} bytes; refused")
             return data
 
-        chosen = self._select(ref, folder, names, read)
+        chosen = self._select(ref, folder, names, read, select)
         heads = [check_gguf(folder / name) for name in chosen.filenames if _is_gguf(name)]
         return Resolved(
             ref=ref,
@@ -145,9 +152,11 @@ class LocalProvider:
             gguf_architecture=architecture_of(heads[0]) if heads else None,
         )
 
-    def _select(self, ref: ModelRef, folder: Path, names: list[str], read: Any) -> Selection:
+    def _select(
+        self, ref: ModelRef, folder: Path, names: list[str], read: Read, select: Select
+    ) -> Selection:
         try:
-            return select_files(names, ref.variant, read, str(folder))
+            return select(names, ref.variant, read, str(folder))
         except InvalidRequest as error:
             variants = error.details.get("variants")
             if variants is None:

@@ -269,11 +269,18 @@ def _is_revision(record: InstallRecord, revision: str) -> bool:
 
 
 def source_of(record: InstallRecord) -> str:
-    """Where a record's bytes come from: `ModelRef.source` of the reference it was pulled by."""
+    """Where a record's bytes come from: `ModelRef.source` of what it was pulled by."""
+    found = source_of_reference(record.source_ref)
+    adapter = record.adapter
+    return found if adapter is None else f"{found} with {source_of_reference(adapter.source_ref)}"
+
+
+def source_of_reference(text: str) -> str:
+    """`ModelRef.source` of a reference, or the text itself when it is none."""
     try:
-        return ModelRef.parse(record.source_ref).source
+        return ModelRef.parse(text).source
     except InvalidName:
-        return record.source_ref
+        return text
 
 
 def _not_found(records: tuple[InstallRecord, ...], text: str) -> ModelNotFound:

@@ -20,6 +20,8 @@ from .sentence_files import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, sentence_fi
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 
@@ -46,6 +48,8 @@ _PREFERRED = (
 )
 # fmt: on
 
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
 Read = Callable[[str, int], bytes]
 """(filename, most bytes) → the file's content; raises CorruptFile when it is longer."""
 
@@ -59,6 +63,10 @@ class Selection:
     variant: str | None
     default_variant: str | None
     config: dict[str, Any] | None
+
+
+Select = Callable[[Collection[str], str | None, Read, str], Selection]
+"""`select_files`, or another choice with the same arguments."""
 
 
 def check_filename(name: str) -> str:
@@ -102,7 +110,7 @@ def select_files(names: Collection[str], variant: str | None, read: Read, where:
     if ggufs and (not weights or (variant and _matches(ggufs, variant))):
         return _select_gguf(ggufs, variant, where)
     if not weights:
-        raise _nothing_to_convert(names, where)
+        raise _nothing_to_convert(names, read, where)
     if CONFIG_FILE not in names:
         raise UnsupportedModel(
             f"{where} has SafeTensors weights but no {CONFIG_FILE}, so its architecture is unknown"
@@ -174,6 +182,10 @@ def _indexed_shards(names: Collection[str], read: Read, where: str) -> list[str]
         if not shard.endswith(".safetensors"):
             raise UnsupportedModel(
                 f"{INDEX_FILE} of {where} names {shard!r}, which is not a SafeTensors file"
+            )
+        if "/" in shard:
+            raise CorruptFile(
+                f"{INDEX_FILE} of {where} names {shard!r}, which is not a file beside it"
             )
         if shard not in names:
             raise CorruptFile(f"{INDEX_FILE} of {where} names {shard!r}, which does not exist")
@@ -293,10 +305,17 @@ def _listing(choices: list[str]) -> str:
     return shown + (f" and {len(choices) - 20} more" if len(choices) > 20 else "")
 
 
-def _nothing_to_convert(names: Collection[str], where: str) -> UnsupportedModel:
+def _nothing_to_convert(names: Collection[str], read: Read, where: str) -> UnsupportedModel:
     if any(name.startswith("adapter_") for name in names):
+        base = "BASE"
+        if ADAPTER_CONFIG in names:
+            data = read(ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+            config = parse_json_object(data, ADAPTER_CONFIG, where)
+            named = str(config.get("base_model_name_or_path") or "")
+            base = named if _REPOSITORY.fullmatch(named) else base
         return UnsupportedModel(
-            f"{where} is an adapter (LoRA), not a whole model; pull the model it was made for"
+            f"{where} is an adapter (LoRA), not a whole model; pull it with the model it was made "
+            f"for: omg model pull {base} --adapter {where}"
         )
     if "model_index.json" in names:
         return UnsupportedModel(f"{where} is an image or video pipeline, not a language model")

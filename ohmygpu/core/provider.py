@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .events import EventSink
-from .records import Artifact, Revision
+from .records import Adapter, Artifact, Revision
 
 if TYPE_CHECKING:
     from .refs import ModelRef
@@ -44,6 +44,14 @@ class RemoteFile:
         return f"git-{self.git_sha1}" if self.git_sha1 else ""
 
 
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """The LoRA adapter to merge into a model: which, and its adapter_config.json."""
+
+    adapter: Adapter
+    config: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
     """Exactly what a reference means at its provider now.
@@ -64,6 +72,7 @@ class Resolved:
     source_format: str  # safetensors | gguf
     license: str = ""
     gguf_architecture: str | None = None  # as the file's first bytes say, where they were looked at
+    adapter: MergedAdapter | None = None  # its files are the last of `files`
 
     @property
     def total_bytes(self) -> int:

@@ -12,6 +12,25 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 
+def with_adapter(base: Provider, adapter: ModelRef, settings: Settings) -> Provider:
+    """`base` with the LoRA adapter that `adapter` names. Raises InvalidName."""
+    from .with_adapter import WithAdapter
+
+    if adapter.provider == "hub":
+        from .hub import HubProvider
+
+        return WithAdapter(base, HubProvider(settings), adapter)
+    if adapter.provider == "file":
+        from .local import LocalProvider
+
+        return WithAdapter(base, LocalProvider(), adapter)
+    raise InvalidName(
+        f"an adapter comes from the hub or from a folder, not from {adapter.display}; write "
+        "org/name or ./folder",
+        name=adapter.display,
+    )
+
+
 def provider_for(ref: ModelRef, settings: Settings) -> Provider:
     """The provider that `ref` names."""
     if ref.provider == "hub":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class Artifact:
     format: str
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The LoRA adapter that was merged into a model: the reference as pulled, and its version."""
+
+    source_ref: str
+    revision: Revision | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstallRecord:
     """One installed model. Writing its manifest is the commit point of an install."""
@@ -52,6 +60,8 @@ class InstallRecord:
     family: str
     compiled_bytes: int
     installed_at: str  # RFC 3339, UTC
+    recipe_reason: str = ""  # why this recipe, in words; "" in records from before it was kept
+    adapter: Adapter | None = None
 
     @property
     def full_name(self) -> str:
@@ -71,13 +81,24 @@ class InstallRecord:
     def from_dict(data: dict[str, Any]) -> InstallRecord:
         """Inverse of `to_dict`. Raises CorruptFile when fields are missing or have wrong types."""
         try:
-            fields = {name: data[name] for name in InstallRecord.__dataclass_fields__}
+            fields = {
+                name: data[name] if spec.default is MISSING else data.get(name, spec.default)
+                for name, spec in InstallRecord.__dataclass_fields__.items()
+            }
             revision = fields["revision"]
             fields["revision"] = Revision(**revision) if revision else None
+            fields["adapter"] = _adapter(fields["adapter"])
             fields["artifacts"] = tuple(Artifact(**entry) for entry in fields["artifacts"])
             return InstallRecord(**fields)
         except (KeyError, TypeError) as error:
             raise CorruptFile(f"not an install record: {error}") from error
+
+
+def _adapter(data: dict[str, Any] | None) -> Adapter | None:
+    if data is None:
+        return None
+    revision = data["revision"]
+    return Adapter(str(data["source_ref"]), Revision(**revision) if revision else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +114,9 @@ class CompiledModel:
         logit_rows             int64 (R,)      which rows of the flattened (B*S) hidden states get
                                                logits
         past_key_values.{i}.key|value  kv_dtype (B, K, T, D)
+        rope_length            int32 (1,)      only if `rope_switch_tokens`, and optional: the
+                                               length whose RoPE frequencies rows get, where that
+                                               is more than their own total length
         → logits               float32 (R, V)
         → present.{i}.key|value        kv_dtype (B, K, T, D), bound to the same memory as the past
 
@@ -128,6 +152,8 @@ class CompiledModel:
     eos_token_ids: tuple[int, ...]
     bos_token: str = ""
     eos_token: str = ""
+    rope_switch_tokens: int = 0  # longer rows have other RoPE frequencies; 0 = no length has
+    rope_grows: bool = False  # each length beyond has its own (dynamic NTK), not all the same
     generation: dict[str, float] = field(default_factory=dict)  # the model's sampling defaults
     license: str = ""
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
