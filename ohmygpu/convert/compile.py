@@ -17,6 +17,7 @@ from .family import CONVERTER_VERSION, check_supported, family
 from .graph import Graph
 from .recipes import Recipe, Target
 from .source import Source, open_source
+from .spelling import spelled
 from .tokenizer import prepare_tokenizer
 from .views import with_class_prefix
 from .weights import Progress, Weights, check_names
@@ -104,6 +105,7 @@ def write_graph(
     source: Source, output: Path, recipe: Recipe, target: Target, progress: Progress
 ) -> tuple[Decoder, int]:
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
+    source = spelled(source)
     builder = family(check_supported(source.config))
     config = builder.Config.read(source.config)
     if config.decoder.layers > len(source.tensors):  # before a name is made for each of them

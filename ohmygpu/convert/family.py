@@ -39,6 +39,11 @@ ALIASES: Mapping[str, str] = {
 ENCODERS = frozenset({"bert", "distilbert", "modernbert", "mpnet", "roberta"})
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")  # endings of `architectures`
 
+TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
+"""Families of multimodal models, of which the text model alone is built → the type of a text model
+whose config does not name it.
+"""
+
 
 GGUF_ARCHITECTURES: Mapping[str, str] = {
     name: f"gguf_{name}"
@@ -130,7 +135,25 @@ def check_supported(config: Mapping[str, Any], filenames: Iterable[str] = ()) ->
         )
     found = ALIASES.get(str(model_type), str(model_type))
     _check_purpose(found, [str(entry) for entry in architectures], MODULES_FILE in filenames)
+    if found in TEXT_PARTS:
+        text_family(config)
     read_checkpoint(config)
+    return found
+
+
+def text_family(config: Mapping[str, Any]) -> str:
+    """The family of the text model inside a multimodal one. Raises UnsupportedModel."""
+    model_type = str(config.get("model_type"))
+    default = TEXT_PARTS[ALIASES.get(model_type, model_type)]
+    text = config.get("text_config")
+    text_type = str((text.get("model_type") if isinstance(text, Mapping) else None) or default)
+    found = ALIASES.get(text_type, text_type)
+    if text_type not in supported_model_types() or found in ENCODERS or found in TEXT_PARTS:
+        raise UnsupportedModel(
+            f"the text model of this {model_type} is a {text_type[:80]}, which has no converter; "
+            f"supported: {', '.join(supported_model_types())}",
+            model_type=text_type[:80],
+        )
     return found
 
 
@@ -141,6 +164,8 @@ def _check_purpose(name: str, architectures: list[str], embeds: bool) -> None:
     else:
         allowed = any("CausalLM" in entry or "LMHead" in entry for entry in architectures)
         allowed |= embeds and any(entry.endswith("Model") for entry in architectures)
+        if name in TEXT_PARTS:
+            allowed |= any(entry.endswith("ForConditionalGeneration") for entry in architectures)
     if architectures and not allowed:
         raise UnsupportedModel(
             f"{architectures[0]} neither generates text nor embeds it: only causal language models "
