@@ -81,7 +81,7 @@ class AdapterSource:
     """
 
     def __init__(self, base: Source, files: Mapping[str, Path]) -> None:
-        self._base = base
+        self.base = base
         self._file: SafetensorsFile | None = None
         try:
             config = read_adapter(read_json_object(ADAPTER_CONFIG, files[ADAPTER_CONFIG]))
@@ -95,32 +95,32 @@ class AdapterSource:
     @property
     def format(self) -> SourceFormat:
         """The base model's."""
-        return self._base.format
+        return self.base.format
 
     @property
     def config(self) -> dict[str, Any]:
         """The base model's."""
-        return self._base.config
+        return self.base.config
 
     @property
     def files(self) -> Mapping[str, Path]:
         """The base model's."""
-        return self._base.files
+        return self.base.files
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The base model's."""
-        return self._base.tensors
+        return self.base.tensors
 
     @property
     def quantization(self) -> str:
         """The base model's."""
-        return self._base.quantization
+        return self.base.quantization
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the base model's weights."""
-        return self._base.total_bytes
+        return self.base.total_bytes
 
     def read(self, name: str) -> Float32:
         """A whole tensor as float32."""
@@ -130,7 +130,7 @@ class AdapterSource:
         """Rows start:stop as float32, merged."""
         if name in self._replaced:
             return self._rows(self._replaced[name], start, stop)
-        values = self._base.read_rows(name, start, stop)
+        values = self.base.read_rows(name, start, stop)
         if name in self._biases:
             part, scale = self._biases[name]
             return values + np.float32(scale) * self._rows(part, start, stop)
@@ -143,15 +143,15 @@ class AdapterSource:
 
     def block_layout(self, name: str) -> BlockLayout | None:
         """The base model's; None for a tensor that the adapter changes."""
-        return None if self._is_changed(name) else self._base.block_layout(name)
+        return None if self._is_changed(name) else self.base.block_layout(name)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedBlocks | None:
         """The base model's; None for a tensor that the adapter changes."""
-        return None if self._is_changed(name) else self._base.blocks(name, start, stop)
+        return None if self._is_changed(name) else self.base.blocks(name, start, stop)
 
     def close(self) -> None:
         """Close the base model and the adapter; idempotent."""
-        self._base.close()
+        self.base.close()
         if self._file is not None:
             self._file.close()
 
@@ -179,6 +179,11 @@ class AdapterSource:
         if self._file is None:
             raise CorruptFile(f"{ADAPTER_WEIGHTS} is not open")
         return self._file
+
+
+def without_adapter(source: Source) -> Source:
+    """The model that an adapter is merged into, or `source` itself."""
+    return source.base if isinstance(source, AdapterSource) else source
 
 
 _Plan = tuple[dict[str, _Change], dict[str, str], dict[str, tuple[str, float]]]

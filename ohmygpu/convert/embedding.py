@@ -250,8 +250,10 @@ class EmbeddingEmitter(Emitter):
 def embedder_of(source: Source, name: str) -> Embedder | None:
     """How a model of the family `name` embeds; None for a model that generates text."""
     if source.format == "gguf":
+        from .adapter import without_adapter
         from .gguf_source import GgufSource
 
+        source = without_adapter(source)
         return gguf_embedder(source.model.metadata) if isinstance(source, GgufSource) else None
     found = read_embedder(source)
     return default_embedder() if found is None and name in ENCODERS else found

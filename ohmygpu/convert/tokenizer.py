@@ -70,6 +70,7 @@ class TokenizerParts:
     eos_token_id: int | None  # the one `eos_token` in a chat template stands for
     more_eos_token_ids: list[int] = field(default_factory=list)
     template: str | None = None
+    tool_template: str | None = None  # for conversations with tools, where it is another one
     generation: dict[str, float] = field(default_factory=dict)
 
 
@@ -79,9 +80,11 @@ def prepare_tokenizer(source: Source, folder: Path) -> TokenizerFacts:
     Raises CorruptFile when they are damaged, UnsupportedModel when they are of an unknown kind.
     """
     if source.format == "gguf":
+        from .adapter import without_adapter
         from .gguf_source import GgufSource
         from .tokenizer_gguf import read_gguf_tokenizer
 
+        source = without_adapter(source)
         if not isinstance(source, GgufSource):
             raise TypeError(f"{type(source).__name__} is not a GGUF source")
         parts = read_gguf_tokenizer(source.model, int(source.config["vocab_size"]))
