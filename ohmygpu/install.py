@@ -24,12 +24,14 @@ from .core.errors import (
     OhMyGPUError,
 )
 from .core.events import Event, EventSink
+from .core.fidelity import FIDELITY_FILE
 from .core.manifests import source_of
 from .core.records import Artifact, CompiledModel, InstallRecord
 from .core.refs import ModelRef, check_name
 from .core.repository import GcReport, Removed, Repository
 from .core.settings import Settings
 from .plan import Plan, compiled_estimate_bytes, make_plan
+from .verify import is_measured, measure
 
 if TYPE_CHECKING:
     from .core.provider import Provider
@@ -45,19 +47,23 @@ def pull(
     *,
     name: str | None = None,
     recipe: str | None = None,
+    adapter: str | None = None,
+    verify: bool = False,
     sink: EventSink = ignore,
     cancel: threading.Event | None = None,
 ) -> InstallRecord:
     """Install the model that `reference` names; does only what is not done yet.
 
     `name` is the name to install under instead of its own, `recipe` what to compile to instead of
-    what suits the source. Blocks until done; `sink` receives the events on this thread and, last,
+    what suits the source; `adapter` refers to a LoRA adapter to merge into it, whose name it then
+    has. With `verify` the result is measured against the same weights in float32,
+    unless it was already. Blocks until done; `sink` receives the events on this thread and, last,
     exactly one `done` or `error`. Setting `cancel` ends it with Cancelled within about a second;
     what was downloaded stays for the next try.
     """
     cancel = cancel or threading.Event()
     try:
-        record = _pull(reference, settings, name, recipe, sink, cancel)
+        record = _pull(reference, settings, name, recipe, adapter, verify, sink, cancel)
     except Exception as cause:
         error = _as_error(cause, settings)
         sink(Event("error", error.message, error=error))
@@ -94,37 +100,48 @@ def _pull(
     settings: Settings,
     name: str | None,
     recipe: str | None,
+    adapter: str | None,
+    verify: bool,
     sink: EventSink,
     cancel: threading.Event,
 ) -> InstallRecord:
-    from .core.providers import provider_for
+    from .core.providers import provider_for, with_adapter
 
     ref = ModelRef.parse(reference)
     name = None if name is None else _given_name(name)
     repository = Repository(settings.home)
     sink(Event("resolve", f"looking up {ref.display}"))
     provider = provider_for(ref, settings)
+    if adapter is not None:
+        provider = with_adapter(provider, ModelRef.parse(adapter), settings)
     try:
         resolved = provider.resolve(ref)
     except NetworkError as error:
         raise _unreachable(error, repository, reference) from error
     _stop_if(cancel)
     plan = make_plan(resolved, settings, name, recipe)
-    installed = _installed(repository, plan)
-    if installed is not None and _is_current(installed, plan):
-        return installed
+    if plan.adapter_mismatch:
+        sink(Event("resolve", plan.adapter_mismatch))
+    record = _installed(repository, plan)
+    fresh = False
+    if record is None or not _is_current(record, plan):
 
-    def on_wait() -> None:
-        sink(Event("resolve", f"another process is pulling {plan.name}; waiting for it"))
+        def on_wait() -> None:
+            sink(Event("resolve", f"another process is pulling {plan.name}; waiting for it"))
 
-    with repository.lock(plan.name, on_wait=on_wait, cancel=cancel):
-        installed = _installed(repository, plan)
-        if installed is not None:
-            return _update_default(repository, installed, plan)
-        with repository.lease():
-            record = _install(repository, provider, plan, sink, cancel)
-        if not settings.models.keep_source:
-            repository.free_sources(record)
+        with repository.lock(plan.name, on_wait=on_wait, cancel=cancel):
+            record = _installed(repository, plan)
+            fresh = record is None
+            if record is None:
+                with repository.lease():
+                    record = _install(repository, provider, plan, sink, cancel)
+            else:
+                record = _update_default(repository, record, plan)
+    if verify and not is_measured(repository, record):
+        fresh = True
+        _measure(repository, provider, plan, record, settings, sink, cancel)
+    if fresh and not settings.models.keep_source:
+        repository.free_sources(record)
     return record
 
 
@@ -163,9 +180,37 @@ def _install(
             _compile(repository, draft, plan, sink, cancel)
     folder = repository.compiled_path(draft.compiled_key)
     compiled = CompiledModel.load(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != FIDELITY_FILE)
     record = replace(draft, family=compiled.family, compiled_bytes=size)
     return _commit(repository, record)
+
+
+def _measure(
+    repository: Repository,
+    provider: Provider,
+    plan: Plan,
+    record: InstallRecord,
+    settings: Settings,
+    sink: EventSink,
+    cancel: threading.Event,
+) -> None:
+    """Measure what is installed, fetching sources that were freed; errors say it is installed."""
+    try:
+        with repository.lease():
+            repository.claim(*(artifact.sha256 for artifact in record.artifacts))
+            repository.sweep_temporaries()
+            stored = (repository.has_blob(a.sha256, a.size) for a in record.artifacts)
+            if not all(stored):
+                repository.check_space(_missing_bytes(repository, plan), f"pulling {plan.name}")
+                provider.fetch(plan.resolved, repository, sink, cancel)
+            measure(repository, record, settings, sink, cancel)
+    except Cancelled:
+        raise
+    except OhMyGPUError as error:
+        raise type(error)(
+            f"{record.full_name} is installed but could not be measured: {error.message}",
+            **error.details,
+        ) from error
 
 
 def _commit(repository: Repository, record: InstallRecord) -> InstallRecord:
@@ -251,6 +296,8 @@ def _draft(plan: Plan, artifacts: tuple[Artifact, ...]) -> InstallRecord:
         artifacts=artifacts,
         compiled_key=compile_key(digests, plan.family, plan.recipe, plan.target),
         recipe=plan.recipe,
+        recipe_reason=plan.recipe_reason,
+        adapter=plan.adapter,
         family=plan.family,
         compiled_bytes=0,
         installed_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -267,7 +314,8 @@ def _installed(repository: Repository, plan: Plan) -> InstallRecord | None:
             and record.revision.resolved_commit == revision.resolved_commit
             and (record.provider, record.recipe) == (plan.ref.provider, plan.recipe)
             and (record.name.lower(), record.variant) == (plan.name.lower(), plan.variant)
-            and source_of(record) == plan.ref.source
+            and source_of(record) == plan.source
+            and record.adapter == plan.adapter
             and repository.compiled_problem(record.compiled_key) is None
         ):
             compiled = CompiledModel.load(repository.compiled_path(record.compiled_key))

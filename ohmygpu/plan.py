@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .core.errors import InvalidRequest
+from .core.manifests import source_of_reference
 from .core.model_files import check_tokenizer
 from .core.refs import ModelRef, check_name
 from .core.settings import Settings
 
 if TYPE_CHECKING:
     from .core.provider import Resolved
+    from .core.records import Adapter
 
 _WEIGHTS = ("safetensors", "gguf")
 # Bytes of the compiled model per byte of source weights, rounded up: (source format, recipe).
@@ -37,6 +39,7 @@ class Plan:
     name: str
     variant: str
     recipe: str
+    recipe_reason: str  # why this one, and on what machine, in words
     target: str
     family: str  # part of the compile key; "" for GGUF, whose bytes alone decide it
     wants_default: bool  # asked for by the bare name
@@ -46,6 +49,31 @@ class Plan:
         """The reference as pulled."""
         return self.resolved.ref
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that is merged in."""
+        return None if self.resolved.adapter is None else self.resolved.adapter.adapter
+
+    @property
+    def adapter_mismatch(self) -> str:
+        """What to tell a user whose adapter names another base model; "" when it fits."""
+        if self.resolved.adapter is None:
+            return ""
+        named = str(self.resolved.adapter.config.get("base_model_name_or_path") or "")
+        if not named or named.lower().rstrip("/").rpartition("/")[2] in self.ref.repo.lower():
+            return ""
+        return (
+            f"the adapter says that it was trained on {named[:120]}; merging it into "
+            f"{self.ref.display} all the same"
+        )
+
+    @property
+    def source(self) -> str:
+        """Where the bytes come from, as `manifests.source_of` the record will say."""
+        if self.adapter is None:
+            return self.ref.source
+        return f"{self.ref.source} with {source_of_reference(self.adapter.source_ref)}"
+
 
 def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: str | None) -> Plan:
     """Decide name, variant, recipe and target.
@@ -53,7 +81,7 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     Raises UnsupportedModel for an architecture without a converter, where that is known by now,
     and InvalidRequest for a recipe that does not exist or does not suit the source.
     """
-    from .convert import checkpoint, family, recipes
+    from .convert import adapter_config, checkpoint, family, recipes
     from .core import hardware
 
     filenames = [file.filename for file in resolved.files]
@@ -66,22 +94,20 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         check_tokenizer(filenames, resolved.display_name)
     target = hardware.target(settings.engine.execution_provider)
     source_format = resolved.source_format
-    asked = None if recipe in (None, "auto") else str(recipe).strip().lower()
-    if source_format == "safetensors" and resolved.variant:
-        if asked not in (None, resolved.variant):
-            raise InvalidRequest(
-                f"{resolved.ref.display} names the recipe {resolved.variant} and --recipe says "
-                f"{asked}; give one of the two",
-                param="recipe",
-            )
-        asked = resolved.variant
-    if asked is None and settings.models.recipe != "auto":
-        asked = settings.models.recipe
+    asked, reason = _asked_recipe(resolved, settings, recipe)
     processor = recipes.target(target)
     has_blocks = source_format == "gguf" or checkpoint.keeps_blocks(resolved.config or {})
-    chosen = recipes.recipe(
-        asked or recipes.default_recipe(has_blocks, processor, _float_bytes(resolved))
-    )
+    if resolved.adapter is not None:
+        adapter_config.read_adapter(resolved.adapter.config)
+        has_blocks = False  # merged weights are no longer those blocks
+        if asked == "exact":
+            raise InvalidRequest(
+                "the recipe exact cannot keep weights that an adapter changes; choose q8, q4 "
+                "or f32",
+                param="recipe",
+            )
+    float_bytes = _float_bytes(resolved)
+    chosen = recipes.recipe(asked or recipes.default_recipe(has_blocks, processor, float_bytes))
     recipes.check(chosen, processor, has_blocks)
     variant = chosen.name
     if source_format == "gguf" and resolved.variant:
@@ -92,10 +118,34 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         name=check_name(name or resolved.display_name),
         variant=variant,
         recipe=chosen.name,
+        recipe_reason=(
+            f"{reason or f'the default: {recipes.explain(chosen.name, float_bytes)}'} "
+            f"(compiled for {target} on {hardware.describe()})"
+        ),
         target=target,
         family="" if source_format == "gguf" else family_name,
         wants_default=resolved.ref.variant is None,
     )
+
+
+def _asked_recipe(
+    resolved: Resolved, settings: Settings, recipe: str | None
+) -> tuple[str | None, str]:
+    """The recipe that was asked for, and how; (None, "") when that is left to us."""
+    asked = None if recipe in (None, "auto") else str(recipe).strip().lower()
+    if resolved.source_format == "safetensors" and resolved.variant:
+        if asked not in (None, resolved.variant):
+            raise InvalidRequest(
+                f"{resolved.ref.display} names the recipe {resolved.variant} and --recipe says "
+                f"{asked}; give one of the two",
+                param="recipe",
+            )
+        return resolved.variant, f"asked for, as {resolved.ref.display}"
+    if asked is not None:
+        return asked, "asked for, with --recipe"
+    if settings.models.recipe != "auto":
+        return settings.models.recipe, "the setting models.recipe"
+    return None, ""
 
 
 def compiled_estimate_bytes(plan: Plan) -> int:

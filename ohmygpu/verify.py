@@ -7,11 +7,10 @@ this ends; a process that is killed leaves it to the store's sweep of temporarie
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 from .core.child import python_module
-from .core.errors import Conflict, CorruptFile
+from .core.errors import Conflict, CorruptFile, InvalidRequest
 from .core.events import Event, EventSink
 from .core.fidelity import TEXT_VERSION, Fidelity, graph_files, load_fidelity, save_fidelity
 from .core.job import Words, run_job
@@ -42,7 +41,8 @@ def verify(
     Blocks until done; `sink` receives `compile` (the float32 reference) and `measure` events on
     this thread and, when all went well, `done`. Setting `cancel` ends it with Cancelled at once,
     with nothing left behind. Raises ModelNotFound; Conflict when the source files are gone;
-    DiskFull with both numbers; and what compiling and running raise.
+    InvalidRequest for a model of vectors; DiskFull with both numbers; and what compiling and
+    running raise.
     """
     repository = Repository(settings.home)
     record = repository.find(name)
@@ -79,6 +79,11 @@ def measure(
     if problem is not None:
         raise CorruptFile(f"the compiled model is damaged: {problem}; pull {record.name} again")
     compiled = CompiledModel.load(folder)
+    if compiled.kind != "decoder":
+        raise InvalidRequest(
+            f"{record.full_name} turns texts into vectors; what can be measured is how a model "
+            "continues a text"
+        )
 
     def on_wait() -> None:
         sink(Event("measure", f"another process is measuring {record.full_name}; waiting for it"))
@@ -166,8 +171,3 @@ def _compare(
         answer = run_job(WORKER, job, "fidelity", progress, cancel, _WORDS)
         found[graph] = Fidelity.from_dict(answer)
     return found
-
-
-def describe(fidelity: Fidelity) -> dict[str, object]:
-    """JSON-ready form."""
-    return asdict(fidelity)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ohmygpu.core.errors import Cancelled, CorruptFile, DaemonError, DaemonNotRunning
-from ohmygpu.core.events import EventSink
+from ohmygpu.core.events import Event, EventSink
+from ohmygpu.core.fidelity import load_fidelity
 from ohmygpu.core.records import TEMPLATE_FILE, CompiledModel, InstallRecord
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import Settings
@@ -51,17 +52,40 @@ class Catalogue:
         """One installed model. Raises ModelNotFound (details: suggestions), CorruptFile."""
         return self._describe(self._repository.find(name))
 
-    def pull(self, reference: str, name: str | None, recipe: str | None, sink: EventSink) -> str:
-        """Install a model; its name. Raises Cancelled on Ctrl-C."""
+    def pull(
+        self,
+        reference: str,
+        name: str | None,
+        recipe: str | None,
+        sink: EventSink,
+        *,
+        verify: bool = False,
+    ) -> str:
+        """Install a model, and measure it with `verify`; its name. Raises Cancelled on Ctrl-C."""
         try:
             with self._daemon_for_pull() as client:
                 if client is not None:
-                    return _pull_through(client, reference, name, recipe, sink)
-            return self._pull(reference, name, recipe, sink)
+                    events = client.pull(reference, name=name, recipe=recipe, verify=verify)
+                    return _follow(events, sink)
+            return self._pull(reference, name, recipe, sink, verify)
         except (Cancelled, KeyboardInterrupt):
             raise Cancelled(
                 "stopped; run the same command again, and it goes on from here"
             ) from None
+
+    def verify(self, name: str, sink: EventSink) -> str:
+        """Measure an installed model; its name. Raises ModelNotFound; Cancelled on Ctrl-C."""
+        try:
+            with self._daemon_for_pull() as client:
+                if client is not None:
+                    return _follow(client.verify(name), sink)
+            from ohmygpu.verify import verify
+
+            with _cancel_on_interrupt() as cancel:
+                verify(name, self._settings, sink=sink, cancel=cancel)
+            return name
+        except (Cancelled, KeyboardInterrupt):
+            raise Cancelled("stopped; nothing was measured, and nothing is left behind") from None
 
     def remove(self, name: str) -> int:
         """Remove a model; bytes freed. Raises ModelNotFound."""
@@ -81,12 +105,25 @@ class Catalogue:
 
         return collect_garbage(self._settings, sources).to_dict()
 
-    def _pull(self, reference: str, name: str | None, recipe: str | None, sink: EventSink) -> str:
+    def _pull(
+        self,
+        reference: str,
+        name: str | None,
+        recipe: str | None,
+        sink: EventSink,
+        verify: bool,
+    ) -> str:
         from ohmygpu.install import pull
 
         with _cancel_on_interrupt() as cancel:
             record = pull(
-                reference, self._settings, name=name, recipe=recipe, sink=sink, cancel=cancel
+                reference,
+                self._settings,
+                name=name,
+                recipe=recipe,
+                verify=verify,
+                sink=sink,
+                cancel=cancel,
             )
         return record.full_name
 
@@ -126,20 +163,20 @@ class Catalogue:
             compiled,
             has_template=(folder / TEMPLATE_FILE).exists(),
             location=str(folder),
+            fidelity=load_fidelity(folder),
             problem=f"{problem}; pull the model again to repair it" if problem else None,
         )
 
 
-def _pull_through(
-    client: Client, reference: str, name: str | None, recipe: str | None, sink: EventSink
-) -> str:
+def _follow(events: Generator[Event, None, None], sink: EventSink) -> str:
+    """Pass on what the daemon reports; the name in its last event."""
     installed = None
-    with contextlib.closing(client.pull(reference, name=name, recipe=recipe)) as events:
+    with contextlib.closing(events):
         for event in events:
             sink(event)
             installed = event.name or installed
     if installed is None:
-        raise DaemonError("the daemon did not say under which name it installed the model")
+        raise DaemonError("the daemon did not say under which name the model is installed")
     return installed
 
 

@@ -1,4 +1,4 @@
-"""`omg model pull|list|info|rm|gc`, and the short forms of them at the root."""
+"""`omg model pull|list|info|verify|rm|gc`, and the short forms of them at the root."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.records import GRAPH_FILE
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
 from ohmygpu.core.sizes import human_bytes, human_count
@@ -38,8 +39,13 @@ def model() -> None:
     metavar="RECIPE",
     help="What to compile to: auto, f32, q8, q4 or exact (GGUF blocks bit for bit).",
 )
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Also measure how close the result is to the same weights in float32 (see model verify).",
+)
 @json_option("Print the installed model as JSON.")
-def pull(reference: str, name: str | None, recipe: str | None, as_json: bool) -> None:
+def pull(reference: str, name: str | None, recipe: str | None, verify: bool, as_json: bool) -> None:
     """Install a model: download it, verify it and compile it for this machine.
 
     REFERENCE is one of
@@ -55,22 +61,53 @@ def pull(reference: str, name: str | None, recipe: str | None, as_json: bool) ->
     A pull that was stopped goes on from where it was.
     """
     catalogue = Catalogue(load_settings())
-    installed = catalogue.model(pull_model(catalogue, reference, name, recipe))
+    installed = catalogue.model(pull_model(catalogue, reference, name, recipe, verify=verify))
     if as_json:
         write_json(to_json(installed))
     else:
         size = human_bytes(installed.record.compiled_bytes)
         line(f"installed {installed.name} ({installed.record.recipe}, {size})")
+        if verify:
+            fields(fidelity_rows(installed))
         note(f'talk to it with: omg run {installed.name} "Hello!"')
 
 
 def pull_model(
-    catalogue: Catalogue, reference: str, name: str | None = None, recipe: str | None = None
+    catalogue: Catalogue,
+    reference: str,
+    name: str | None = None,
+    recipe: str | None = None,
+    *,
+    verify: bool = False,
 ) -> str:
     """Install a model with its progress on stderr; the installed name."""
     absolute = ModelRef.parse(reference).display  # the daemon has another working directory
     with Progress() as progress:
-        return catalogue.pull(absolute, name, recipe, progress)
+        return catalogue.pull(absolute, name, recipe, progress, verify=verify)
+
+
+@model.command("verify")
+@model_name("name")
+@json_option("Print the model, with what was measured, as JSON.")
+def verify(name: str, as_json: bool) -> None:
+    """Measure how close an installed model is to the same weights in float32.
+
+    A text that ships with omg is run through both: a few thousand tokens of prose, dialogue, code,
+    tables, mathematics and many languages. Kept, and shown by `omg model info`, are the KL
+    divergence of the next-token distribution (0 = the same; its mean, median and 99th percentile),
+    how often both find the same token likeliest, and the perplexity of both.
+
+    Needs the files that the model was compiled from, and disk space for the weights in float32
+    while it runs; these are read as they are needed and may be larger than the memory.
+    """
+    catalogue = Catalogue(load_settings())
+    with Progress() as progress:
+        catalogue.verify(name, progress)
+    entry = catalogue.model(name)
+    if as_json:
+        write_json(to_json(entry))
+    else:
+        fields(fidelity_rows(entry))
 
 
 @model.command("list")
@@ -126,6 +163,8 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
     if record.revision:
         rows.append(("revision", f"{record.revision.resolved_commit} ({record.revision.branch})"))
     rows.append(("recipe", record.recipe))
+    if record.recipe_reason:
+        rows.append(("recipe chosen", record.recipe_reason))
     rows.append(("architecture", record.family))
     if entry.parameters is not None:
         rows.append(("parameters", human_count(entry.parameters)))
@@ -138,6 +177,7 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
     rows.append(("chat template", "yes" if entry.has_template else "no: it only continues text"))
     if entry.license:
         rows.append(("license", entry.license))
+    rows += fidelity_rows(entry)
     source_bytes = sum(artifact.size for artifact in record.artifacts)
     rows.append(("compiled size", human_bytes(record.compiled_bytes)))
     count = len(record.artifacts)
@@ -146,6 +186,26 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
     rows.append(("installed", f"{record.installed_at} ({human_age(record.installed_at)})"))
     if entry.location:
         rows.append(("location", entry.location))
+    return rows
+
+
+def fidelity_rows(entry: ModelInfo) -> list[tuple[str, str]]:
+    """What was measured of a model, by name of the row."""
+    if not entry.fidelity and entry.kind == "decoder" and not entry.problem:
+        return [("fidelity", f"not measured; `omg model verify {entry.name}` does that")]
+    rows = []
+    for graph, found in entry.fidelity.items():
+        divergence = (
+            f"KL {found.kl_mean:.2g} (median {found.kl_median:.2g}, 99th percentile"
+            f" {found.kl_p99:.2g}), same likeliest token {100 * found.top1_agreement:.1f} %"
+        )
+        perplexity = f"{found.perplexity:.2f}, in float32 {found.reference_perplexity:.2f}"
+        over = (
+            f"{found.tokens} tokens of text {found.text_version}, on {found.execution_provider},"
+            f" {human_age(found.measured_at)}"
+        )
+        name = "fidelity" if graph == GRAPH_FILE else f"fidelity of {graph}"
+        rows += [(name, divergence), ("  perplexity", perplexity), ("  measured over", over)]
     return rows
 
 
@@ -220,6 +280,7 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "source": record.source_ref,
         "revision": asdict(record.revision) if record.revision else None,
         "recipe": record.recipe,
+        "recipe_reason": record.recipe_reason,
         "family": record.family,
         "quantization": entry.quantization,
         "parameters": entry.parameters,
@@ -227,6 +288,7 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "target": entry.target,
         "has_chat_template": entry.has_template,
         "license": entry.license,
+        "fidelity": {graph: asdict(found) for graph, found in entry.fidelity.items()},
         "compiled_bytes": record.compiled_bytes,
         "source_bytes": sum(artifact.size for artifact in record.artifacts),
         "artifacts": [asdict(artifact) for artifact in record.artifacts],

@@ -14,7 +14,12 @@ from ohmygpu.core.sizes import human_bytes
 
 from .output import human_duration, is_terminal, note
 
-LABELS = {"download": "downloading", "verify": "verifying", "compile": "compiling"}
+LABELS = {
+    "download": "downloading",
+    "verify": "verifying",
+    "compile": "compiling",
+    "measure": "measuring",
+}
 _LINE_STEP = 10  # percent between two plain lines of one phase
 _LEAST_PERCENT = 5  # moved before a speed means anything: a phase may take a while to begin
 

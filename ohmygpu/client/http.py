@@ -88,16 +88,28 @@ class Client:
         return self._call("POST", "/v1/models/gc", {"sources": sources}, timeout=_PATIENT)
 
     def pull(
-        self, reference: str, *, name: str | None = None, recipe: str | None = None
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        recipe: str | None = None,
+        verify: bool = False,
     ) -> Generator[Event, None, None]:
         """Progress of an install, `done` last; an `error` event is raised instead of yielded.
 
         Closing the iterator ends this view of the pull.
         """
-        body = {"model": reference, "name": name, "recipe": recipe}
+        body = {"model": reference, "name": name, "recipe": recipe, "verify": verify or None}
         body = {key: value for key, value in body.items() if value is not None}
+        yield from self._events("/v1/models/pull", body)
+
+    def verify(self, name: str) -> Generator[Event, None, None]:
+        """Progress of measuring an installed model, as of `pull`; closing it stops that."""
+        yield from self._events("/v1/models/verify", {"model": name})
+
+    def _events(self, path: str, body: dict[str, Any]) -> Generator[Event, None, None]:
         decoder = EventDecoder(self.address)
-        with self._stream("/v1/models/pull", body) as response:
+        with self._stream(path, body) as response:
             for data in response.iter_raw():
                 yield from decoder.feed(data)
                 if decoder.finished:

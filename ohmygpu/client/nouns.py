@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ohmygpu.core.fidelity import Fidelity
 from ohmygpu.core.records import CompiledModel, InstallRecord
 
 
@@ -74,6 +75,8 @@ class ModelInfo:
     target: str | None = None
     license: str | None = None
     has_template: bool = False
+    kind: str = "decoder"  # decoder: generates text | encoder: gives vectors
+    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)  # by graph, where measured
     location: str | None = None  # folder of the compiled model; not known over HTTP
     problem: str | None = None
 
@@ -90,6 +93,7 @@ class ModelInfo:
         has_template: bool,
         location: str,
         problem: str | None,
+        fidelity: Mapping[str, Fidelity] | None = None,
     ) -> ModelInfo:
         """From the store."""
         return ModelInfo(
@@ -100,13 +104,15 @@ class ModelInfo:
             target=compiled.target if compiled else None,
             license=compiled.license if compiled else None,
             has_template=has_template,
+            kind=compiled.kind if compiled else "decoder",
+            fidelity=fidelity or {},
             location=location,
             problem=problem,
         )
 
     @staticmethod
     def from_wire(model: Mapping[str, Any]) -> ModelInfo:
-        """From an entry of `GET /v1/models`. Raises KeyError or CorruptFile when it is none."""
+        """From an entry of `GET /v1/models`; KeyError, TypeError or CorruptFile when it is none."""
         data = model["ohmygpu"]
         return ModelInfo(
             record=InstallRecord.from_dict(data),
@@ -116,6 +122,11 @@ class ModelInfo:
             target=data["target"],
             license=data["license"],
             has_template=bool(data["chat"]),
+            kind=str(data.get("kind", "decoder")),
+            fidelity={
+                graph: Fidelity.from_dict(found)
+                for graph, found in (data.get("fidelity") or {}).items()
+            },
         )
 
 

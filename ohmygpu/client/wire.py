@@ -137,7 +137,7 @@ class _Decoder:
 
 
 class EventDecoder(_Decoder):
-    """NDJSON of a pull → Events."""
+    """NDJSON of a pull or a measurement → Events."""
 
     def feed(self, data: bytes) -> Iterable[Event]:
         """Events completed by `data`; raises what an `error` event carries."""

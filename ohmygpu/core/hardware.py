@@ -18,9 +18,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from .sizes import human_bytes
+
 MIN_DRIVER = 580  # the first NVIDIA driver with CUDA 13
 MIN_COMPUTE_CAPABILITY = (7, 5)
 
+_INSTRUCTION_SETS = {  # flag in /proc/cpuinfo → its usual name
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "VNNI",
+    "avx512_vnni": "VNNI",
+    "amx_int8": "AMX",
+    "asimddp": "DotProd",
+    "i8mm": "I8MM",
+    "sve": "SVE",
+}
 _NO_LIMIT_BYTES = 1 << 60  # control groups of version 1 write "no limit" as a huge number
 
 
@@ -88,6 +100,38 @@ def memory_available_bytes(root: Path = Path("/")) -> int:
     info = _meminfo(root)
     available = info.get("MemAvailable", info.get("MemFree", 0) + info.get("Cached", 0))
     return max(0, min([available, *(limit - used for limit, used in _memory_groups(root))]))
+
+
+def memory_total_bytes(root: Path = Path("/")) -> int:
+    """Memory this process may have at most; 0 where the system does not say."""
+    if sys.platform == "darwin":
+        return int(_sysctl("hw.memsize") or 0)
+    total = _meminfo(root).get("MemTotal", 0)
+    return min([total, *(limit for limit, _ in _memory_groups(root))])
+
+
+def instruction_sets(root: Path = Path("/")) -> tuple[str, ...]:
+    """What the processor can do that decides how fast matrices are: AVX2, AVX-512, VNNI, …"""
+    if sys.platform == "darwin":
+        known = {"hw.optional.arm.FEAT_I8MM": "I8MM", "hw.optional.arm.FEAT_DotProd": "DotProd"}
+        return tuple(name for key, name in known.items() if _sysctl(key) == "1")
+    text = _read(root / "proc/cpuinfo")
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return tuple(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags))
+
+
+def describe() -> str:
+    """This machine in words: processor, cores, memory."""
+    sets = ", ".join(instruction_sets())
+    cores = physical_cores()
+    parts = [
+        f"{platform.machine() or 'unknown processor'}{f' with {sets}' if sets else ''}",
+        "1 core" if cores == 1 else f"{cores} cores",
+    ]
+    if total := memory_total_bytes():
+        parts.append(f"{human_bytes(total)} of memory")
+    return ", ".join(parts)
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.fidelity import Fidelity, load_fidelity
 from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE, CompiledModel, InstallRecord
 
 
@@ -24,6 +26,7 @@ class ModelCard:
     compiled: CompiledModel
     template: str
     folder: Path
+    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)  # by graph, where measured
 
     @property
     def name(self) -> str:
@@ -53,12 +56,17 @@ class ModelCard:
     @property
     def has_template(self) -> bool:
         """Whether it can chat; without a chat template it only continues text."""
-        return bool(self.template.strip())
+        return bool(self.template.strip()) and not self.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes vectors of texts, and cannot generate."""
+        return self.compiled.kind == "encoder"
 
     @property
     def capabilities(self) -> list[str]:
         """Ollama's words for what requests the model can serve."""
-        return ["completion"]
+        return ["embedding"] if self.embeds else ["completion"]
 
 
 def read_card(record: InstallRecord, folder: Path) -> ModelCard:
@@ -72,7 +80,13 @@ def read_card(record: InstallRecord, folder: Path) -> ModelCard:
             f"the chat template of {record.full_name} is damaged ({_reason(error)}); remove it "
             "with omg model rm, then pull it again"
         ) from error
-    return ModelCard(record=record, compiled=compiled, template=template, folder=folder)
+    return ModelCard(
+        record=record,
+        compiled=compiled,
+        template=template,
+        folder=folder,
+        fidelity=load_fidelity(folder),
+    )
 
 
 def read_vocabulary(card: ModelCard) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, RuntimeFailure
@@ -131,6 +131,11 @@ def parse_chat(body: dict[str, Any], card: ModelCard) -> ChatCall:
     if len(limits) > 1:
         raise fields.refuse("max_tokens", "differs from max_completion_tokens; send one of them")
     messages = _messages(body.get("messages"), name)
+    if card.embeds:
+        raise InvalidRequest(
+            f'"{name}" does not support chat: it is an embedding model; use /v1/embeddings',
+            param="model",
+        )
     if not card.has_template:
         raise fields.refuse(
             "messages", f'"{name}" does not support chat (no chat template); send a prompt instead'
@@ -337,8 +342,14 @@ def to_model(card: ModelCard) -> dict[str, Any]:
             "target": compiled.target,
             "context_length": compiled.context_length,
             "license": compiled.license,
+            "kind": compiled.kind,
             "chat": card.has_template,
+            "embedding_length": compiled.embedding_length,
+            "pooling": compiled.pooling,
+            "normalize": compiled.normalize,
+            "prompts": dict(compiled.prompts),
             "sampling_defaults": dict(compiled.generation),
+            "fidelity": {graph: asdict(found) for graph, found in card.fidelity.items()},
         },
     }
 

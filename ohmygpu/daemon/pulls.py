@@ -1,22 +1,17 @@
-"""Pulls in progress: one job per model, any number of watchers, cancelled when the last leaves."""
+"""Pulls and measurements in progress: one job per model, whoever asks joins it."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol
 
-from ohmygpu.core.errors import Cancelled, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
+from ohmygpu.core.fidelity import Fidelity
 from ohmygpu.core.records import InstallRecord
 from ohmygpu.core.refs import ModelRef
 
-_logger = logging.getLogger("ohmygpu.pull")
-_INTERNAL = "the pull failed inside the daemon; daemon.log says why"
-
-PullKey = tuple[str, str | None, str | None]  # canonical reference, name, recipe
+from .jobs import Jobs, Work
 
 
 class PullFunction(Protocol):
@@ -28,6 +23,7 @@ class PullFunction(Protocol):
         *,
         name: str | None,
         recipe: str | None,
+        verify: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:
@@ -35,45 +31,18 @@ class PullFunction(Protocol):
         ...
 
 
-class _Watcher:
-    """Events on their way to one client: progress of the same phase replaces what is untaken."""
+class VerifyFunction(Protocol):
+    """`verify.verify` with its settings bound; blocks, and runs on a thread of its own."""
 
-    def __init__(self) -> None:
-        self._pending: list[Event] = []
-        self._filled = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        if self._pending and self._pending[-1].phase == event.phase:
-            self._pending[-1] = event
-        else:
-            self._pending.append(event)
-        self._filled.set()
-
-    async def get(self) -> Event:
-        while not self._pending:
-            self._filled.clear()
-            await self._filled.wait()
-        return self._pending.pop(0)
-
-
-class _Job:
-    def __init__(self, reference: str, name: str | None, recipe: str | None) -> None:
-        self.reference = reference
-        self.name = name
-        self.recipe = recipe
-        self.cancel = threading.Event()
-        self.watchers: set[_Watcher] = set()
-        self.latest: dict[str, Event] = {}  # phase → its newest event, for watchers who join late
-        self.finished = asyncio.Event()
-
-    def publish(self, event: Event) -> None:
-        self.latest[event.phase] = event
-        for watcher in self.watchers:
-            watcher.put(event)
+    def __call__(
+        self, name: str, *, sink: EventSink, cancel: threading.Event
+    ) -> dict[str, Fidelity]:
+        """Measure, report to `sink`, stop soon after `cancel` is set."""
+        ...
 
 
 class Pulls:
-    """Starts pulls, or joins the one already running for the same model.
+    """Starts pulls, or joins the one already running for the same model; a later one resumes.
 
     `on_installed` is awaited after each successful pull, before its `done` event is published.
     """
@@ -83,109 +52,57 @@ class Pulls:
     ) -> None:
         self._pull = pull
         self._on_installed = on_installed
-        self._jobs: dict[PullKey, _Job] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs: Jobs[InstallRecord] = Jobs()
 
-    async def watch(
-        self, reference: str, *, name: str | None = None, recipe: str | None = None
+    def watch(
+        self,
+        reference: str,
+        *,
+        name: str | None = None,
+        recipe: str | None = None,
+        verify: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Events of the pull until its `done` or `error`; closing it may cancel the pull.
 
-        Raises InvalidName, at the first event, when `reference` is none.
+        Raises InvalidName when `reference` is none.
         """
-        key = (_canonical(reference), name, recipe)
-        while (job := self._jobs.get(key)) is not None and job.cancel.is_set():
-            await job.finished.wait()  # the last watcher just left: let it wind down, start afresh
-        if job is None:
-            job = self._start(key, _Job(reference, name, recipe))
-        watcher = _Watcher()
-        for event in job.latest.values():
-            watcher.put(event)
-        job.watchers.add(watcher)
-        try:
-            while True:
-                event = await watcher.get()
-                yield event
-                if event.phase in {"done", "error"}:
-                    return
-        finally:
-            job.watchers.discard(watcher)
-            if not job.watchers:
-                job.cancel.set()
+
+        def run(sink: EventSink, cancel: threading.Event) -> InstallRecord:
+            return self._pull(
+                reference, name=name, recipe=recipe, verify=verify, sink=sink, cancel=cancel
+            )
+
+        work = Work(f"pull of {reference}", run, self._on_installed)
+        return self._jobs.watch((_canonical(reference), name, recipe, verify), work)
 
     async def shutdown(self, timeout_s: float) -> None:
-        """Cancel all pulls and wait for them, `timeout_s` at most; a later pull resumes them."""
-        for job in self._jobs.values():
-            job.cancel.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        """Cancel all pulls and wait for them, `timeout_s` at most."""
+        await self._jobs.shutdown(timeout_s)
 
-    def _start(self, key: PullKey, job: _Job) -> _Job:
-        self._jobs[key] = job
-        task = asyncio.create_task(self._run(key, job))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return job
 
-    async def _run(self, key: PullKey, job: _Job) -> None:
-        last = Event("error", error=OhMyGPUError(_INTERNAL))
-        try:
-            record, last = await self._on_thread(job)
-            await self._on_installed(record)
-        except OhMyGPUError as error:
-            last = Event("error", message=error.message, error=error)
-        except Exception:
-            _logger.exception("pull of %s failed", job.reference)
-            last = Event("error", message=_INTERNAL, error=OhMyGPUError(_INTERNAL))
-        finally:
-            del self._jobs[key]
-            job.publish(last)
-            job.finished.set()
+class Verifications:
+    """Starts measurements of installed models, or joins the one already running."""
 
-    async def _on_thread(self, job: _Job) -> tuple[InstallRecord, Event]:
-        """Run the pull; its record and `done` event, which is held back for the caller."""
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[InstallRecord] = loop.create_future()
-        done: list[Event] = []
+    def __init__(self, verify: VerifyFunction) -> None:
+        self._verify = verify
+        self._jobs: Jobs[dict[str, Fidelity]] = Jobs()
 
-        def post(action: Callable[..., None], *arguments: object) -> None:
-            try:
-                loop.call_soon_threadsafe(action, *arguments)
-            except RuntimeError:
-                job.cancel.set()  # the loop has closed: the daemon is going down
+    def watch(self, full_name: str) -> AsyncGenerator[Event, None]:
+        """Events of the measurement until its `done` or `error`; closing it may cancel it."""
 
-        def sink(event: Event) -> None:
-            if event.phase == "done":
-                done.append(event)
-            elif event.phase != "error":  # the exception says it, once
-                post(job.publish, event)
+        def run(sink: EventSink, cancel: threading.Event) -> dict[str, Fidelity]:
+            return self._verify(full_name, sink=sink, cancel=cancel)
 
-        def settle(record: InstallRecord | None, error: BaseException | None) -> None:
-            if outcome.done():
-                return
-            if record is not None:
-                outcome.set_result(record)
-            else:
-                outcome.set_exception(error or Cancelled("the pull was cancelled"))
+        work = Work(f"measurement of {full_name}", run, _nothing_more)
+        return self._jobs.watch(full_name.lower(), work)
 
-        def work() -> None:
-            try:
-                record = self._pull(
-                    job.reference,
-                    name=job.name,
-                    recipe=job.recipe,
-                    sink=sink,
-                    cancel=job.cancel,
-                )
-            except BaseException as error:  # noqa: BLE001 (handed to the loop, raised there)
-                post(settle, None, error)
-            else:
-                post(settle, record, None)
+    async def shutdown(self, timeout_s: float) -> None:
+        """Cancel all measurements and wait for them, `timeout_s` at most."""
+        await self._jobs.shutdown(timeout_s)
 
-        # A daemon thread: an executor's would hold up the exit until a stuck transfer times out.
-        threading.Thread(target=work, name=f"pull {job.reference}", daemon=True).start()
-        record = await outcome
-        return record, done[0] if done else Event("done", name=record.full_name)
+
+async def _nothing_more(_: dict[str, Fidelity]) -> None:
+    """A measurement changes nothing that the daemon holds."""
 
 
 def _canonical(reference: str) -> str:

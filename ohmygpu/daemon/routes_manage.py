@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from quart import Blueprint, Response
@@ -27,7 +28,8 @@ from .streams import (
     stream_response,
 )
 
-_PULL_FIELDS = frozenset({"model", "name", "recipe", "stream"})
+_PULL_FIELDS = frozenset({"model", "name", "recipe", "verify", "stream"})
+_VERIFY_FIELDS = frozenset({"model", "stream"})
 _UNLOAD_FIELDS = frozenset({"model"})
 _GC_FIELDS = frozenset({"sources"})
 
@@ -75,9 +77,24 @@ async def pull() -> Response:
     body = await json_body("openai")
     check_known(body, _PULL_FIELDS)
     reference = checked_reference(_model(body))
-    stream = boolean_field(body, "stream", default=True)
     name, recipe = text_field(body, "name"), text_field(body, "recipe")
-    events = await primed(raising(services().pulls.watch(reference, name=name, recipe=recipe)))
+    verify = boolean_field(body, "verify", default=False)
+    events = services().pulls.watch(reference, name=name, recipe=recipe, verify=verify)
+    return await _events_response(events, boolean_field(body, "stream", default=True))
+
+
+@routes.post("/v1/models/verify")
+async def verify() -> Response:
+    """Measure a model against its weights in float32. Lines of events, or the last alone."""
+    body = await json_body("openai")
+    check_known(body, _VERIFY_FIELDS)
+    stream = boolean_field(body, "stream", default=True)
+    record = services().manager.card(_model(body)).record
+    return await _events_response(services().verifications.watch(record.full_name), stream)
+
+
+async def _events_response(source: AsyncIterator[Event], stream: bool) -> Response:
+    events = await primed(raising(source))
     if stream:
         lines = frames(events, lambda event: ndjson([event.to_dict()]), _error_line)
         return stream_response(lines, NDJSON_TYPE)

@@ -31,7 +31,7 @@ from .listen import BACKLOG, listen_tcp, listen_unix, url_of
 from .log import set_up_logging
 from .manager import ModelManager
 from .pidfile import PidFile
-from .pulls import Pulls
+from .pulls import Pulls, Verifications
 from .security import is_loopback
 from .services import DaemonState, Services
 from .worker import WorkerRuntime
@@ -105,6 +105,7 @@ def build_services(settings: Settings, state: DaemonState) -> Services:
     """The daemon's parts, wired together."""
     from ohmygpu import install
     from ohmygpu.core.hardware import memory_available_bytes
+    from ohmygpu.verify import verify
 
     repository = Repository(settings.home)
     manager = ModelManager(settings, repository, WorkerRuntime, memory_available_bytes)
@@ -119,6 +120,7 @@ def build_services(settings: Settings, state: DaemonState) -> Services:
         pulls=Pulls(
             lambda reference, **how: install.pull(reference, settings, **how), on_installed
         ),
+        verifications=Verifications(lambda name, **how: verify(name, settings, **how)),
         remove=lambda name: install.remove(name, settings),
         collect_garbage=lambda sources: install.collect_garbage(settings, sources),
     )
@@ -152,7 +154,9 @@ async def _drain(services: Services, stop: _StopSignals, drain_s: float) -> None
     state = services.state
     state.draining = True
     _logger.info("stopping; %d requests are running", state.requests)
-    await services.pulls.shutdown(PULL_END_S)
+    await asyncio.gather(
+        services.pulls.shutdown(PULL_END_S), services.verifications.shutdown(PULL_END_S)
+    )
     await _until_idle(state, stop, drain_s)
     if state.requests:
         _logger.warning("%d requests did not finish in time", state.requests)

@@ -16,7 +16,7 @@ from ohmygpu.core.settings import Settings
 from .errors import Family
 from .limits import parse_body
 from .manager import ModelManager
-from .pulls import Pulls
+from .pulls import Pulls, Verifications
 
 EXTENSION = "ohmygpu"
 
@@ -41,6 +41,7 @@ class Services:
     state: DaemonState
     manager: ModelManager
     pulls: Pulls
+    verifications: Verifications
     remove: Callable[[str], Any]  # full name → Removed(record, freed_bytes)
     collect_garbage: Callable[[bool], Any]  # sources → GcReport
 

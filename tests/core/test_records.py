@@ -56,7 +56,20 @@ def test_names_of_a_record() -> None:
     assert RECORD.digest == "b" * 64
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(InstallRecord)])
+def test_a_record_from_before_reasons_were_kept_is_read() -> None:
+    data = RECORD.to_dict()
+    del data["recipe_reason"]
+    assert InstallRecord.from_dict(data).recipe_reason == ""
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        field.name
+        for field in dataclasses.fields(InstallRecord)
+        if field.default is dataclasses.MISSING
+    ],
+)
 def test_a_record_that_lacks_a_field_is_corrupt(field: str) -> None:
     data = RECORD.to_dict()
     del data[field]

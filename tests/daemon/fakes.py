@@ -15,13 +15,14 @@ from typing import Any
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
+from ohmygpu.core.fidelity import Fidelity
 from ohmygpu.core.records import CompiledModel, InstallRecord, RunSpec
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import ModelSettings, ServerSettings, Settings
 from ohmygpu.daemon.app import create_app
 from ohmygpu.daemon.listen import listen_tcp, url_of
 from ohmygpu.daemon.manager import ModelManager
-from ohmygpu.daemon.pulls import PullFunction, Pulls
+from ohmygpu.daemon.pulls import PullFunction, Pulls, Verifications, VerifyFunction
 from ohmygpu.daemon.services import DaemonState, Services
 from ohmygpu.runtime_api import (
     Delta,
@@ -205,8 +206,16 @@ def no_pull(reference: str, **how: object) -> InstallRecord:
     raise AssertionError(f"unexpected pull of {reference}")
 
 
+def no_verify(name: str, **how: object) -> dict[str, Fidelity]:
+    """A measurement that must not happen."""
+    raise AssertionError(f"unexpected measurement of {name}")
+
+
 def make_services(
-    settings: Settings, runtimes: Runtimes, pull: PullFunction | None = None
+    settings: Settings,
+    runtimes: Runtimes,
+    pull: PullFunction | None = None,
+    verify: VerifyFunction | None = None,
 ) -> Services:
     """The daemon's parts around fake runtimes and a real store; memory is 100 GiB."""
     repository = Repository(settings.home)
@@ -220,6 +229,7 @@ def make_services(
         state=DaemonState(url="http://127.0.0.1:1"),
         manager=manager,
         pulls=Pulls(pull or no_pull, on_installed),
+        verifications=Verifications(verify or no_verify),
         remove=repository.remove,
         collect_garbage=repository.gc,
     )

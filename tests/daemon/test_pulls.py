@@ -21,6 +21,7 @@ class FakePull:
     def __init__(self, record: InstallRecord) -> None:
         self.record = record
         self.calls: list[tuple[str, str | None, str | None]] = []
+        self.verified: list[bool] = []
         self.go = threading.Event()
         self.cancelled = threading.Event()
         self.error: Exception | None = None
@@ -31,10 +32,12 @@ class FakePull:
         *,
         name: str | None,
         recipe: str | None,
+        verify: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:
         self.calls.append((reference, name, recipe))
+        self.verified.append(verify)
         sink(Event("resolve"))
         for done in range(100):
             sink(Event("download", done_bytes=done, total_bytes=100))
