@@ -125,6 +125,16 @@ def view(config: Config, source: Source) -> Source:
 
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
+
+    def feed(layer: int, x: str) -> str:
+        return feed_forward(config, e, layer, x)
+
+    hidden = pre_norm_layers(e, embedding(e, EMBEDDING), attention_block(config, e), feed)
+    lm_head(e, hidden, head(config.tie_word_embeddings))
+
+
+def attention_block(config: Config, e: Emitter) -> Block:
+    """The attention of each layer."""
     turn = rotary(e, config.rope)
 
     def attend(layer: int, x: str) -> str:
@@ -132,11 +142,7 @@ def build(config: Config, e: Emitter) -> None:
         qkv, o = projections(config, layer)
         return attention(e, attention_path(layer), x, layer, turn, qkv, o, scores)
 
-    def feed(layer: int, x: str) -> str:
-        return feed_forward(config, e, layer, x)
-
-    hidden = pre_norm_layers(e, embedding(e, EMBEDDING), attend, feed)
-    lm_head(e, hidden, head(config.tie_word_embeddings))
+    return attend
 
 
 def pre_norm_layers(

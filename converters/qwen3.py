@@ -48,17 +48,25 @@ def head_norms(config: llama.Config) -> dict[str, tuple[int, ...]]:
 
 def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
+
+    def feed(layer: int, x: str) -> str:
+        return llama.feed_forward(config, e, layer, x)
+
+    hidden = llama.pre_norm_layers(
+        e, embedding(e, llama.EMBEDDING), attention_block(config, e), feed
+    )
+    lm_head(e, hidden, llama.head(config.tie_word_embeddings))
+
+
+def attention_block(config: llama.Config, e: Emitter) -> llama.Block:
+    """The attention of each layer."""
     turn = rotary(e, config.rope)
 
     def attend(layer: int, x: str) -> str:
         scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
         return normed_attention(e, layer, x, turn, *llama.projections(config, layer), scores)
 
-    def feed(layer: int, x: str) -> str:
-        return llama.feed_forward(config, e, layer, x)
-
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
-    lm_head(e, hidden, llama.head(config.tie_word_embeddings))
+    return attend
 
 
 def normed_attention(

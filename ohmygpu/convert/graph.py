@@ -8,6 +8,7 @@ calls give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ class Graph:
         original = next(item for item in self._initializers if item.name == of)
         place = {entry.key: entry.value for entry in original.external_data}
         return self._external(name, dtype, shape, int(place["offset"]), int(place["length"]))
+
+    def reshape(self, name: str, shape: Sequence[int]) -> None:
+        """Give the constant `name` another shape of as many elements."""
+        tensor = next(item for item in reversed(self._initializers) if item.name == name)
+        if prod(tensor.dims) != prod(shape):
+            raise ValueError(f"{name} has {list(tensor.dims)} elements, not {list(shape)}")
+        tensor.dims[:] = [int(size) for size in shape]
 
     def default_input(self, name: str, array: NDArray[Any]) -> str:
         """An input that may be left out: `array` is then its value."""

@@ -132,6 +132,10 @@ class Weights:
         """The matrix `name` unquantised, whatever the recipe says."""
         return self._write_floats([name], label, Layout(0))
 
+    def columns(self, name: str) -> int:
+        """Columns of the matrix `name`."""
+        return self._shape([name])[1]
+
     def _write_floats(self, names: Sequence[str], label: str, layout: Layout) -> Matrix:
         rows, columns = self._shape(names)
 
