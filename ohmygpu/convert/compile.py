@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from ohmygpu.core.errors import CorruptFile
@@ -16,6 +17,7 @@ from .embedding import as_embedding_model, embedder_of, write_embedding_graph
 from .family import CONVERTER_VERSION, check_supported, family
 from .graph import Graph
 from .recipes import Recipe, Target
+from .rope import Stretched
 from .source import Source, open_source
 from .spelling import spelled
 from .tokenizer import prepare_tokenizer
@@ -86,6 +88,8 @@ def compile_source(
         heads=decoder.heads,
         feed_forward_length=decoder.feed_forward_length,
         rope_theta=decoder.rope_theta,
+        rope_switch_tokens=decoder.rope_switch_tokens,
+        rope_grows=decoder.rope_grows,
         norm_epsilon=decoder.norm_epsilon,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
@@ -121,9 +125,18 @@ def write_graph(
         Graph(output) as graph,
         closing(Weights(viewed, graph, recipe, target, config.decoder.layers, progress)) as weights,
     ):
-        builder.build(config, Emitter(graph, weights, recipe, target, config.decoder))
+        emitter = Emitter(graph, weights, recipe, target, config.decoder)
+        builder.build(config, emitter)
         graph.save(str(CONVERTER_VERSION))
-        return config.decoder, graph.weights_bytes
+        return _with_rope(config.decoder, emitter.stretched), graph.weights_bytes
+
+
+def _with_rope(decoder: Decoder, stretched: Stretched | None) -> Decoder:
+    """The sizes with what the engine has to know of the RoPE that was built."""
+    if stretched is None:
+        return decoder
+    grows = stretched.frequencies is None
+    return replace(decoder, rope_switch_tokens=stretched.original_tokens, rope_grows=grows)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from .graph import Graph
 from .recipes import Recipe, Target
+from .rope import Stretched
 from .weights import Weights
 
 _HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention's
@@ -27,6 +28,8 @@ class Decoder:
     norm_epsilon: float
     context_tokens: int  # how far the model reaches
     rope_theta: float = 0.0  # for show; 0 = positions are not told by RoPE
+    rope_switch_tokens: int = 0  # as in CompiledModel; set when the graph is built
+    rope_grows: bool = False
 
     @property
     def cache_dim(self) -> int:
@@ -68,6 +71,7 @@ class Emitter:
         self.reordered: dict[tuple[str, tuple[int, ...]], str] = {}  # (value, order) → value
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
+        self.stretched: Stretched | None = None  # how they do
 
     def cache(self, layer: int) -> tuple[list[str], list[str]]:
         """Names of a layer's (past key and value, present key and value)."""

@@ -102,6 +102,7 @@ def _stretched_rows(e: Emitter, rope: Rope, stretched: Stretched, name: str) -> 
     columns = _constant(e, f"{name}.length_axis", np.array([1], np.int64))
     if not e.rope_length:
         e.rope_length = g.default_input(ROPE_LENGTH_INPUT, np.zeros(1, np.int32))
+    e.stretched = stretched
     length = g.node(f"{path}/length/Add", [e.seqlens_k, one])
     length = g.node(f"{path}/length/Max", [length, e.rope_length])
     length = g.node(f"{path}/length/Unsqueeze", [length, columns])  # (B, 1)

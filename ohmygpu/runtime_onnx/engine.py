@@ -231,11 +231,12 @@ class Engine:
         if chunk.copy is not None:
             copy = chunk.copy
             cache.copy(copy.source_slot, copy.slot, copy.start, copy.stop)
-        if cache.extent[sequence.slot] > sequence.prompt_tokens:
-            cache.release(sequence.slot, sequence.prompt_tokens)  # a longer predecessor's rest
+        if cache.extent[sequence.slot] > sequence.prefill_stop:
+            cache.release(sequence.slot, sequence.prefill_stop)  # a longer predecessor's rest
         tokens = sequence.tokens[chunk.start : chunk.stop]
         started_s = self._clock()
-        self.model.prefill(sequence.slot, tokens, chunk.start, row if chunk.is_last else None)
+        logits_row = row if chunk.is_last else None
+        self.model.prefill(sequence.slot, tokens, chunk.start, logits_row, sequence.rope_length)
         if len(tokens) >= _MIN_CHUNK_TOKENS:
             rate = len(tokens) / max(self._clock() - started_s, 1e-6)
             self._prefill_rate += (rate - self._prefill_rate) * (0.3 if self._prefill_rate else 1.0)

@@ -16,6 +16,7 @@ from .engine import Engine
 from .kv_cache import DeviceKVCache, HostKVCache, KVCache, fit_device
 from .model import OnnxModel, check_files
 from .scheduler import Scheduler
+from .sequence import RopeLengths
 from .session import open_session
 from .text import TextStream
 from .tokenizer import Tokenizer
@@ -62,6 +63,7 @@ def load_model(spec: RunSpec) -> LoadedModel:
         max_queue=spec.max_queue,
         prefill_tokens=spec.prefill_tokens,
         can_copy=cache.can_copy,
+        rope=RopeLengths(compiled.rope_switch_tokens, compiled.rope_grows),
     )
     engine = Engine(
         OnnxModel(opened.session, compiled, cache, spec.prefill_tokens),

@@ -29,8 +29,18 @@ class Model(Protocol):
     vocab_size: int
     cache: KVCache
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
-        """Compute `tokens` (S,) after `past` positions; their last row's logits go to a row."""
+    def prefill(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        past: int,
+        logits_row: int | None,
+        rope_length: int = 0,
+    ) -> None:
+        """Compute `tokens` (S,) after `past` positions; their last row's logits go to a row.
+
+        `rope_length`: the length whose RoPE frequencies they get where it is more than their own.
+        """
         ...
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], pasts: Sequence[int]) -> None:
@@ -66,6 +76,8 @@ class OnnxModel:
         self._ids = np.zeros(max(prefill_tokens, cache.slots), np.int64)  # (B*S,)
         self._lengths = np.zeros(cache.slots, np.int32)  # seqlens_k, (B,)
         self._total = np.zeros((), np.int32)
+        self._has_rope_length = compiled.rope_switch_tokens > 0
+        self._rope_length = np.zeros(1, np.int32)
         self._rows = np.zeros(cache.slots, np.int64)  # logit_rows, (R,)
         self._logits = np.zeros((cache.slots, compiled.vocab_size), np.float32)  # (R, V)
         self._decode_bindings: dict[tuple[int, int, int], Any] = {}
@@ -75,10 +87,18 @@ class OnnxModel:
         """The first `rows` rows of logits, (R, V); overwritten by the next step."""
         return self._logits[:rows]
 
-    def prefill(self, slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
+    def prefill(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        past: int,
+        logits_row: int | None,
+        rope_length: int = 0,
+    ) -> None:
         """Compute `tokens` (S,) of `slot` after `past` positions.
 
         `logits_row` takes the logits of the last token; None where the prompt goes on.
+        `rope_length`: the length whose RoPE frequencies they get where it is more than their own.
         """
         count, total = len(tokens), past + len(tokens)
         self._ids[:count] = tokens
@@ -87,6 +107,7 @@ class OnnxModel:
         # chunk must differ; the true total of a later chunk always does.
         self._total[()] = total
         self._rows[0] = count - 1
+        self._rope_length[0] = rope_length
         row = self.cache.row(slot)
         binding = self._bound(self._prefill_bindings, row, lambda: self._bind_cache(row, 1))
         wanted = 0 if logits_row is None else 1
@@ -112,6 +133,7 @@ class OnnxModel:
             self._rows[index] = row
             cache.extent[slot] = pasts[index] + 1
         self._total[()] = int(self._lengths[:rows].max()) + 1
+        self._rope_length[0] = 0  # each row's own
         key = (first, rows, len(slots))
         binding = self._bound(self._decode_bindings, key, lambda: self._bind_decode(*key))
         if cache.device != "cpu":  # binding copies inputs to the device there
@@ -140,12 +162,15 @@ class OnnxModel:
     def _bind_inputs(self, binding: Any, shape: tuple[int, int], logits: int) -> None:
         """Bind ids (B, S), lengths (B,), the total and `logits` row numbers."""
         rows = shape[0]
-        for name, array, dims in (
+        inputs: list[tuple[str, NDArray[Any], tuple[int, ...]]] = [
             ("input_ids", self._ids, shape),
             ("seqlens_k", self._lengths, (rows,)),
             ("total_sequence_length", self._total, ()),
             ("logit_rows", self._rows, (logits,)),
-        ):
+        ]
+        if self._has_rope_length:
+            inputs.append(("rope_length", self._rope_length, (1,)))
+        for name, array, dims in inputs:
             binding.bind_input(name, "cpu", 0, array.dtype.type, dims, array.ctypes.data)
 
     def _bind_logits(self, binding: Any, first: int, rows: int) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ohmygpu.core.errors import Busy
 
-from .sequence import Sequence, Stage, common_prefix
+from .sequence import SAME_ROPE, RopeLengths, Sequence, Stage, common_prefix
 
 _MIN_CHUNK_TOKENS = 2
 _MIN_COPY_TOKENS = 16  # below this a copy saves less than it costs to plan
@@ -37,7 +37,7 @@ class PrefixCopy:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Compute the prompt tokens [start, stop) of a sequence, after `copy` where there is one."""
+    """Compute the tokens [start, stop) of a sequence, after `copy` where there is one."""
 
     sequence: Sequence
     start: int
@@ -46,8 +46,8 @@ class PrefillChunk:
 
     @property
     def is_last(self) -> bool:
-        """True when this chunk ends the prompt, so that its last row gives the first token."""
-        return self.stop == self.sequence.prompt_tokens
+        """True when this chunk ends the prefill, so that its last row gives a token."""
+        return self.stop == self.sequence.prefill_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +71,30 @@ class Scheduler:
     """Slots, the waiting queue and the plan of the next step.
 
     `slots` sequences run at once and `max_queue` more may wait. With `can_copy` prefixes are also
-    copied between slots.
+    copied between slots. Only KV with the RoPE frequencies a sequence needs is reused (`rope`).
     """
 
     def __init__(
-        self, *, slots: int, max_queue: int, prefill_tokens: int, can_copy: bool = True
+        self,
+        *,
+        slots: int,
+        max_queue: int,
+        prefill_tokens: int,
+        can_copy: bool = True,
+        rope: RopeLengths = SAME_ROPE,
     ) -> None:
         self.slots = slots
         self.max_queue = max_queue
         self.prefill_tokens = prefill_tokens
         self.can_copy = can_copy
+        self.rope = rope
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
         self._decoding: list[Sequence] = []
         self._owner: list[Sequence | None] = [None] * slots
         self._kept: list[list[int]] = [[] for _ in range(slots)]  # tokens left in a free slot
         self._kept_pure = [0] * slots  # how many of those a prefill wrote (Sequence.pure_tokens)
+        self._kept_rope = [0] * slots  # which frequencies those have (Sequence.rope_length)
         self._used_at = [0] * slots  # step of last use: the least recently used slot goes first
         self._step = 0
         self._typical_completion = _TYPICAL_COMPLETION_TOKENS
@@ -123,6 +131,7 @@ class Scheduler:
                 f"{self.running} requests are running and {self.waiting} are waiting, as many as "
                 "the queue takes; try again later"
             )
+        sequence.rope_length = self.rope.of_prompt(sequence.prompt_tokens)
         self._waiting.append(sequence)
 
     def schedule(self, prefill_tokens: int | None = None) -> StepPlan:
@@ -132,6 +141,7 @@ class Scheduler:
         """
         self._step += 1
         budget = min(self.prefill_tokens, prefill_tokens or self.prefill_tokens)
+        self._restart_outgrown()
         decodes = tuple(self._decoding)
         for sequence in decodes:
             sequence.computed += 1
@@ -177,7 +187,7 @@ class Scheduler:
         limit where that is less.
         """
         estimates = [
-            -(-(sequence.prompt_tokens - sequence.computed) // self.prefill_tokens)
+            -(-(sequence.prefill_stop - sequence.computed) // self.prefill_tokens)
             + self._completion_left(sequence)
             for sequence in (*self._prefilling, *self._decoding)
         ]
@@ -221,10 +231,13 @@ class Scheduler:
     def _shared(self, slot: int, sequence: Sequence) -> int:
         """Leading tokens of `sequence` whose KV the slot has and the sequence may use."""
         owner = self._owner[slot]
+        rope_length = self._kept_rope[slot] if owner is None else owner.rope_length
+        if rope_length != sequence.rope_length:
+            return 0
         tokens = self._kept[slot] if owner is None else owner.tokens
         usable = self._pure(slot) if sequence.reproducible else self.kept_tokens(slot)
         # The last tokens are always computed: they give the logits.
-        limit = min(usable, max(0, sequence.prompt_tokens - _MIN_CHUNK_TOKENS))
+        limit = min(usable, max(0, sequence.prefill_stop - _MIN_CHUNK_TOKENS))
         return common_prefix(tokens, sequence.tokens, limit)
 
     def _pure(self, slot: int) -> int:
@@ -241,14 +254,15 @@ class Scheduler:
             sequence = self._prefilling[0]
             copy = self._find_copy(sequence)
             start = sequence.computed if copy is None else copy.stop
-            stop = min(sequence.prompt_tokens, start + budget)
-            if stop < sequence.prompt_tokens and chunks and budget < sliver:
+            stop = min(sequence.prefill_stop, start + budget)
+            if stop < sequence.prefill_stop and chunks and budget < sliver:
                 break  # a sliver of a long prompt is dear: it starts the next step instead
-            if stop == sequence.prompt_tokens - 1 and stop - start > _MIN_CHUNK_TOKENS:
+            if stop == sequence.prefill_stop - 1 and stop - start > _MIN_CHUNK_TOKENS:
                 stop -= 1
             self._prefilling.popleft()
             if copy is not None:
-                sequence.cached += copy.stop - copy.start
+                if not sequence.completion_tokens:
+                    sequence.cached += copy.stop - copy.start
                 pure = max(self._pure(copy.source_slot), copy.start)
                 if copy.stop > pure:
                     sequence.pure_tokens = min(sequence.pure_tokens, pure)
@@ -265,6 +279,19 @@ class Scheduler:
             if budget <= 0:
                 break
         return tuple(chunks)
+
+    def _restart_outgrown(self) -> None:
+        """Send back to prefill what would decode past the length where RoPE's frequencies change.
+
+        All it has so far is computed again in its slot, like a prompt of that length.
+        """
+        for sequence in [each for each in self._decoding if self.rope.outgrown(each)]:
+            self._decoding.remove(sequence)
+            sequence.stage = Stage.PREFILL
+            sequence.computed = 0
+            sequence.prefill_stop = sequence.pure_tokens = len(sequence.tokens)
+            sequence.rope_length = self.rope.of_prompt(len(sequence.tokens))
+            self._prefilling.append(sequence)
 
     def _find_copy(self, sequence: Sequence) -> PrefixCopy | None:
         """The copy worth making before the next chunk of `sequence`.
@@ -298,6 +325,7 @@ class Scheduler:
             self._owner[sequence.slot] = None
             self._kept[sequence.slot] = sequence.tokens[:kept]
             self._kept_pure[sequence.slot] = min(sequence.pure_tokens, kept)
+            self._kept_rope[sequence.slot] = sequence.rope_length
             sequence.slot = -1
         sequence.stage = Stage.FINISHED
 
@@ -318,9 +346,13 @@ class Scheduler:
             assert sequence.slot < 0
         for sequence in self._prefilling:
             assert sequence.stage is Stage.PREFILL
-            assert 0 <= sequence.cached <= sequence.computed < sequence.prompt_tokens
-            assert 0 <= sequence.pure_tokens <= sequence.prompt_tokens
+            assert 0 <= sequence.computed < sequence.prefill_stop <= len(sequence.tokens)
+            assert 0 <= sequence.cached <= max(sequence.computed, sequence.prompt_tokens)
+            assert 0 <= sequence.pure_tokens <= sequence.prefill_stop
         for sequence in self._decoding:
             assert sequence.stage is Stage.DECODE
             assert sequence.computed in (len(sequence.tokens) - 1, len(sequence.tokens))
             assert len(sequence.tokens) <= sequence.limit_tokens
+            assert not (
+                self.rope.outgrown(sequence) and sequence.computed > self.rope.switch_tokens
+            )

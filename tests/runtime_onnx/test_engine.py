@@ -14,8 +14,8 @@ from ohmygpu.core.errors import Busy, ContextLengthExceeded, RuntimeFailure
 from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import Delta, FinishReason, GenerateRequest, SamplingParams
 from ohmygpu.runtime_onnx.engine import Engine, StepOutput
-from ohmygpu.runtime_onnx.prompt import Prompt
 from ohmygpu.runtime_onnx.loading import load_model
+from ohmygpu.runtime_onnx.prompt import Prompt
 from ohmygpu.runtime_onnx.scheduler import Scheduler
 
 from .tiny_graph import EOS, write_tiny_model
@@ -127,12 +127,12 @@ def test_prompt_chunks_shrink_while_others_decode_on_a_slow_machine(folder: Path
     sizes: list[int] = []
     prefill = engine.model.prefill
 
-    def slow(slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
+    def slow(slot: int, tokens: Sequence[int], past: int, *rest: Any) -> None:
         sizes.append(len(tokens))
         now[0] += len(tokens) / 300  # 300 tokens a second: 75 in a quarter of a second
-        prefill(slot, tokens, past, logits_row)
+        prefill(slot, tokens, past, *rest)
 
-    engine.model.prefill = slow  # type: ignore[method-assign]
+    engine.model.prefill = slow  # type: ignore[method-assign,assignment]
     engine.submit(1, prompt("x" * 90), request(max_tokens=30))
     replies = Replies()
     replies.take(engine.step())

@@ -8,16 +8,31 @@ import pytest
 
 from ohmygpu.core.errors import Busy, ContextLengthExceeded
 from ohmygpu.runtime_onnx.scheduler import PrefixCopy, Scheduler, StepPlan
-from ohmygpu.runtime_onnx.sequence import Sequence, Stage, common_prefix, new_sequence
+from ohmygpu.runtime_onnx.sequence import (
+    SAME_ROPE,
+    RopeLengths,
+    Sequence,
+    Stage,
+    common_prefix,
+    new_sequence,
+)
 
 NEW_TOKEN = 7
 
 
 def scheduler(
-    slots: int = 2, max_queue: int = 4, prefill_tokens: int = 8, can_copy: bool = True
+    slots: int = 2,
+    max_queue: int = 4,
+    prefill_tokens: int = 8,
+    can_copy: bool = True,
+    rope: RopeLengths = SAME_ROPE,
 ) -> Scheduler:
     return Scheduler(
-        slots=slots, max_queue=max_queue, prefill_tokens=prefill_tokens, can_copy=can_copy
+        slots=slots,
+        max_queue=max_queue,
+        prefill_tokens=prefill_tokens,
+        can_copy=can_copy,
+        rope=rope,
     )
 
 
@@ -328,6 +343,65 @@ def test_a_discarded_sequence_leaves_nothing_to_reuse() -> None:
     again = sequence(failed.tokens, name=1)
     target.submit(again)
     assert target.schedule().prefills[0].start == 0
+
+
+def test_a_sequence_that_outgrows_the_length_of_its_rope_is_prefilled_again() -> None:
+    target = scheduler(prefill_tokens=4, rope=RopeLengths(6))
+    only, other = sequence(4, max_tokens=5), sequence(2, max_tokens=9, name=1)
+    target.submit(only)
+    target.submit(other)
+    for _ in range(3):  # the prompt, then decodes up to 6 tokens
+        commit(target, target.schedule())
+    assert (only.stage, len(only.tokens), only.computed) == (Stage.DECODE, 7, 6)
+    plan = target.schedule()  # its seventh token is the first with the other frequencies
+    assert plan.decodes == (other,)
+    assert [(chunk.start, chunk.stop, chunk.is_last) for chunk in plan.prefills] == [(0, 4, False)]
+    assert only.rope_length == 7
+    commit(target, plan)
+    plan = target.schedule()
+    assert [(chunk.start, chunk.stop, chunk.is_last) for chunk in plan.prefills] == [(4, 7, True)]
+    assert other in plan.decodes
+    assert plan.sampled == (*plan.decodes, only)
+    commit(target, plan)
+    plan = target.schedule()
+    assert only in plan.decodes  # once is enough
+    commit(target, plan)
+    assert only.stage is Stage.FINISHED
+    assert only.completion_tokens == 5
+    assert only.cached == 0
+
+
+def test_where_every_length_has_its_own_rope_decoding_goes_on() -> None:
+    target = scheduler(rope=RopeLengths(6, grows=True))
+    only = sequence(5, max_tokens=4)
+    target.submit(only)
+    commit(target, target.schedule())
+    for _ in range(3):
+        plan = target.schedule()
+        assert plan.decodes == (only,)
+        commit(target, plan)
+    assert only.stage is Stage.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("rope", "reused"),
+    [
+        (SAME_ROPE, [18, 20, 24]),
+        (RopeLengths(20), [0, 0, 24]),
+        (RopeLengths(20, grows=True), [0, 0, 0]),
+    ],
+)
+def test_only_kv_made_with_the_same_rope_is_reused(rope: RopeLengths, reused: list[int]) -> None:
+    target, found = scheduler(slots=3, prefill_tokens=100, rope=rope), []
+    text = list(range(40))
+    for first, then in ((30, 20), (20, 30), (25, 26)):  # only the last are alike
+        target.forget()
+        for length in (first, then):
+            each = sequence(text[:length], max_tokens=1)
+            target.submit(each)
+            commit(target, target.schedule())
+        found.append(each.cached)
+    assert found == reused
 
 
 def test_the_wait_is_estimated_from_what_running_sequences_have_left() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ohmygpu.core.errors import Busy
 from ohmygpu.runtime_onnx.scheduler import Scheduler
-from ohmygpu.runtime_onnx.sequence import Sequence, new_sequence
+from ohmygpu.runtime_onnx.sequence import SAME_ROPE, RopeLengths, Sequence, new_sequence
 
 
 class Simulation:
@@ -21,9 +21,11 @@ class Simulation:
             max_queue=self.random.randint(0, 6),
             prefill_tokens=self.random.choice([1, 3, 8, 32, 64]),
             can_copy=self.random.random() < 0.7,
+            rope=self.random.choice([SAME_ROPE, RopeLengths(25), RopeLengths(25, grows=True)]),
         )
         self.contents: list[list[int]] = [[] for _ in range(self.scheduler.slots)]
         self.decoded: list[list[bool]] = [[] for _ in range(self.scheduler.slots)]  # by position
+        self.ropes: list[list[int]] = [[] for _ in range(self.scheduler.slots)]  # by position
         self.live: list[Sequence] = []
         self.prompts: list[list[int]] = []
         self.names = 0
@@ -68,9 +70,12 @@ class Simulation:
                 self.contents[copy.slot][copy.start :] = source[copy.start : copy.stop]
                 decoded = self.decoded[copy.source_slot]
                 self.decoded[copy.slot][copy.start :] = decoded[copy.start : copy.stop]
+                ropes = self.ropes[copy.source_slot]
+                self.ropes[copy.slot][copy.start :] = ropes[copy.start : copy.stop]
             self.write(chunk.sequence, chunk.start, chunk.stop)
         for each in plan.sampled:
             assert self.contents[each.slot][: each.computed] == each.tokens
+            self.check_rope(each)
             self.scheduler.append(each, self.random.randrange(3))
             if each.is_full:
                 self.end(each)
@@ -81,10 +86,23 @@ class Simulation:
         assert content[:start] == owner.tokens[:start]
         content[start:] = owner.tokens[start:stop]
         self.decoded[owner.slot][start:] = [decoded] * (stop - start)
+        length = stop if decoded else owner.prefill_stop
+        self.ropes[owner.slot][start:] = [self.scheduler.rope.of_prompt(length)] * (stop - start)
         pure = self.decoded[owner.slot][: owner.pure_tokens]
         assert not any(pure)
         if owner.reproducible:
-            assert not any(self.decoded[owner.slot][: owner.prompt_tokens])
+            assert not any(self.decoded[owner.slot][: min(owner.prompt_tokens, stop)])
+
+    def check_rope(self, owner: Sequence) -> None:
+        """Keys have the frequencies transformers gives them: a prompt's, or each its own."""
+        rope, found = self.scheduler.rope, self.ropes[owner.slot][: owner.computed]
+        if not rope.grows:
+            assert set(found) == {rope.of_prompt(owner.computed)}
+            return
+        prompt = owner.prompt_tokens
+        assert set(found[:prompt]) == {rope.of_prompt(prompt)}
+        later = range(prompt + 1, owner.computed + 1)
+        assert found[prompt:] == [rope.of_prompt(length) for length in later]
 
     def end(self, each: Sequence) -> None:
         self.prompts.append(list(each.tokens))

@@ -28,7 +28,7 @@ _LONG = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0]
 CASES: dict[str, dict[str, Any]] = {
     "phi_4": {"rope_theta": 250000.0},
     "mini_4k": {"sliding_window": 9, "num_key_value_heads": None},
-    "short": {  # a length that the short factors are for, and the oldest name
+    "within_reach": {  # a length that the short factors are for, and the oldest name
         "original_max_position_embeddings": 32,
         "rope_scaling": {
             "type": "su",
