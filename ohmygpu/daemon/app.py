@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from ohmygpu.core.errors import Busy, OhMyGPUError
 
-from . import routes_manage, routes_ollama, routes_openai
+from . import routes_embeddings, routes_manage, routes_ollama, routes_openai
 from .errors import HttpRefusal, error_body, error_headers, family_of, send_error, status_of
 from .limits import BodyLimit
 from .request_id import REQUEST_ID
@@ -37,8 +37,8 @@ def create_app(services: Services) -> Quart:
     )
     app.url_map.merge_slashes = False  # else a redirect, in HTML
     app.url_map.strict_slashes = False
-    for routes in (routes_openai.routes, routes_ollama.routes, routes_manage.routes):
-        app.register_blueprint(routes)
+    for module in (routes_openai, routes_ollama, routes_embeddings, routes_manage):
+        app.register_blueprint(module.routes)
     app.register_error_handler(OhMyGPUError, _known_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unknown_error)

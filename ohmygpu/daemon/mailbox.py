@@ -1,12 +1,13 @@
-"""Deltas on their way to one reader, in bounded memory."""
+"""Deltas on their way to one reader, in bounded memory; vectors until they are all here."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections import deque
 
 from ohmygpu.core.errors import OhMyGPUError
-from ohmygpu.runtime_api import Delta
+from ohmygpu.runtime_api import Delta, EmbedResult
 
 MAX_PENDING = 32
 
@@ -70,3 +71,29 @@ class Mailbox:
         )
         self._texts, self._tokens = [], 0
         return merged
+
+
+class Vectors:
+    """The vectors of one embed request, as frames bring them."""
+
+    def __init__(self) -> None:
+        self.result: asyncio.Future[EmbedResult] = asyncio.get_running_loop().create_future()
+        self._vectors: list[bytes] = []
+        self._prompt_tokens: list[int] = []
+
+    def add(self, data: str, prompt_tokens: list[int], *, last: bool) -> None:
+        """Take some vectors, in base64; with the `last` the result is there."""
+        raw = base64.b64decode(data)
+        size = len(raw) // len(prompt_tokens)
+        self._vectors += [raw[start : start + size] for start in range(0, len(raw), size)]
+        self._prompt_tokens += prompt_tokens
+        if last and not self.result.done():
+            self.result.set_result(
+                EmbedResult(vectors=tuple(self._vectors), prompt_tokens=tuple(self._prompt_tokens))
+            )
+
+    def fail(self, error: OhMyGPUError) -> None:
+        """End with an error; ignored when it has ended."""
+        if not self.result.done():
+            self.result.set_exception(error)
+            self.result.exception()  # marks it as seen: its reader may have left

@@ -140,6 +140,7 @@ def check_manage(body: dict[str, Any], api: Literal["show", "pull", "delete"]) -
 def parse_chat(body: dict[str, Any], card: ModelCard) -> GenerateCall | LoadCall:
     """Body of POST /api/chat → call. Raises InvalidRequest naming the field."""
     name = model_name(body, "chat")
+    _check_generates(card, "chat", name)
     body = _checked(body, "chat", name)
     messages = _messages(body.get("messages", []), name)
     keep_alive_s = parse_keep_alive(body.get("keep_alive"))
@@ -163,6 +164,7 @@ def parse_generate(body: dict[str, Any], card: ModelCard) -> GenerateCall | Load
     chat template, it is continued as it stands.
     """
     name = model_name(body, "generate")
+    _check_generates(card, "generate", name)
     body = _checked(body, "generate", name)
     prompt = fields.string(body.get("prompt", ""), "prompt")
     system = fields.string(body.get("system", ""), "system")
@@ -190,6 +192,14 @@ def parse_generate(body: dict[str, Any], card: ModelCard) -> GenerateCall | Load
     return GenerateCall(
         api="generate", model=name, request=request, stream=_stream(body), keep_alive_s=keep_alive_s
     )
+
+
+def _check_generates(card: ModelCard, api: Api, name: str) -> None:
+    if card.embeds:
+        raise InvalidRequest(
+            f'"{name}" does not support {api}: it is an embedding model; use /api/embed',
+            param="model",
+        )
 
 
 def _request(body: dict[str, Any], card: ModelCard, **prompt: Any) -> GenerateRequest:

@@ -103,7 +103,7 @@ def _details(card: ModelCard) -> dict[str, Any]:
         "parameter_size": human_count(compiled.parameters),
         "quantization_level": compiled.quantization,
         "context_length": compiled.context_length,
-        "embedding_length": compiled.hidden_size,
+        "embedding_length": compiled.embedding_length or compiled.hidden_size,
     }
 
 

@@ -23,6 +23,8 @@ from ohmygpu.core.errors import InvalidRequest, OhMyGPUError, RuntimeFailure
 from ohmygpu.core.records import RunSpec
 from ohmygpu.runtime_api import (
     Delta,
+    EmbedRequest,
+    EmbedResult,
     FinishReason,
     GenerateRequest,
     RuntimeCaps,
@@ -32,7 +34,7 @@ from ohmygpu.runtime_api import (
     to_plain,
 )
 
-from .mailbox import Mailbox
+from .mailbox import Mailbox, Vectors
 
 LOAD_TIMEOUT_S = 600.0
 HEALTH_TIMEOUT_S = 1.0
@@ -66,6 +68,7 @@ class WorkerRuntime:
         self._state_detail = ""
         self._next_id = 0
         self._running: dict[int, Mailbox] = {}
+        self._embedding: dict[int, Vectors] = {}
         self._health: dict[int, asyncio.Future[RuntimeStatus]] = {}
         self._last_status = RuntimeStatus(state="unloaded")
 
@@ -147,6 +150,24 @@ class WorkerRuntime:
         finally:
             del self._running[request_id]
             if not mailbox.finished:
+                with contextlib.suppress(OhMyGPUError):
+                    self._send({"op": "abort", "id": request_id})
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """A vector for each input; cancelling it drops what is not computed yet."""
+        if self._caps is None:
+            raise RuntimeFailure(
+                f"{self.spec.model} is not loaded; send the request again", retry_after_s=1
+            )
+        request_id = self._new_id()
+        vectors = self._embedding[request_id] = Vectors()
+        try:
+            self._send({"op": "embed", "id": request_id, "request": to_plain(request)})
+            await self._drain()
+            return await vectors.result
+        finally:
+            del self._embedding[request_id]
+            if not vectors.result.done() or vectors.result.cancelled():
                 with contextlib.suppress(OhMyGPUError):
                     self._send({"op": "abort", "id": request_id})
 
@@ -238,6 +259,8 @@ class WorkerRuntime:
         except TimeoutError:
             _signal(process, signal.SIGKILL)
             code = await process.wait()
+        for vectors in self._embedding.values():
+            vectors.fail(self._death(code))
         if self._unloading:
             _logger.info("%s: worker %d ended", self.spec.model, process.pid)
             for mailbox in self._running.values():
@@ -286,8 +309,10 @@ class WorkerRuntime:
                     if (mailbox := self._running.get(request_id)) is not None:
                         mailbox.put(delta_from_plain(delta))
                 for request_id, error in frame.get("errors", ()):
-                    if (mailbox := self._running.get(request_id)) is not None:
-                        mailbox.fail(OhMyGPUError.from_dict(error))
+                    self._fail(request_id, OhMyGPUError.from_dict(error))
+            case "embedded":
+                if (vectors := self._embedding.get(frame["id"])) is not None:
+                    vectors.add(frame["vectors"], frame["prompt_tokens"], last=frame["last"])
             case "health":
                 answer = self._health.get(frame["id"])
                 if answer is not None and not answer.done():
@@ -298,6 +323,12 @@ class WorkerRuntime:
                 self._ready.set_exception(OhMyGPUError.from_dict(frame["error"]))
             case operation:
                 _logger.warning("%s: unexpected frame %r", self.spec.model, operation)
+
+    def _fail(self, request_id: int, error: OhMyGPUError) -> None:
+        if (mailbox := self._running.get(request_id)) is not None:
+            mailbox.fail(error)
+        elif (vectors := self._embedding.get(request_id)) is not None:
+            vectors.fail(error)
 
     def _send(self, frame: dict[str, Any]) -> None:
         if self._writer is None or self._writer.is_closing():

@@ -60,13 +60,13 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
 
 async def test_an_unknown_path_is_404_in_the_shape_of_its_family(setup: Setup) -> None:
     for send in (setup.client.get, setup.client.post, setup.client.delete, setup.client.put):
-        for path in ("/v1/embeddings", "/v1/", "/v1/decisions", "/nowhere", "/v1"):
+        for path in ("/v1/rerank", "/v1/", "/v1/decisions", "/nowhere", "/v1"):
             response = await send(path)
             assert response.status_code == 404, path
             error = (await response.get_json())["error"]
             assert set(error) == {"message", "type", "param", "code"}
             assert error["type"] == "not_found_error"
-        for path in ("/api/embed", "/api/", "/api/blobs/sha256:0"):
+        for path in ("/api/rerank", "/api/", "/api/blobs/sha256:0"):
             response = await send(path)
             assert response.status_code == 404
             assert isinstance((await response.get_json())["error"], str)

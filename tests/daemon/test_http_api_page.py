@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ohmygpu.core.errors import OhMyGPUError
-from ohmygpu.daemon import errors, ollama, openai, options, routes_manage, security
+from ohmygpu.daemon import embeddings, errors, ollama, openai, options, routes_manage, security
 from ohmygpu.daemon.app import create_app
 from ohmygpu.daemon.listen import ALLOW_REMOTE
 from tests.daemon.fakes import Runtimes, make_services, settings_of
@@ -48,6 +48,11 @@ FIELDS = [
         | set(ollama._NEUTRAL)
         | {"think", "top_logprobs"}
         | OPTIONS,
+    ),
+    ("### `POST /v1/embeddings", embeddings._OPENAI | embeddings._NO_EFFECT),
+    (
+        "### `POST /api/embed`",
+        embeddings._OLLAMA["embed"] | embeddings._OLLAMA["embeddings"] | embeddings._NO_EFFECT,
     ),
     *(
         (heading, ollama._MANAGE_FIELDS[api] | set(ollama._MANAGE_NEUTRAL[api]))
