@@ -38,6 +38,8 @@ class Message:
     name: str | None = None  # who speaks, or the tool that answered
     tool_call_id: str | None = None  # the call that a tool's answer belongs to
     reasoning: str | None = None  # what the assistant thought before it answered
+    # functions the assistant called, each as the OpenAI API writes it; arguments may be an object
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +273,7 @@ def request_from_plain(data: dict[str, Any]) -> GenerateRequest:
     messages = fields.pop("messages", None)
     return GenerateRequest(
         sampling=SamplingParams(**sampling),
-        messages=None if messages is None else tuple(Message(**entry) for entry in messages),
+        messages=None if messages is None else tuple(map(_message, messages)),
         context_tokens=tuple(fields.pop("context_tokens", ())),
         **fields,
     )
@@ -285,6 +287,10 @@ def embed_request_from_plain(data: dict[str, Any]) -> EmbedRequest:
         inputs=tuple(entry if isinstance(entry, str) else tuple(entry) for entry in inputs),
         **fields,
     )
+
+
+def _message(entry: dict[str, Any]) -> Message:
+    return Message(**entry | {"tool_calls": tuple(entry.get("tool_calls", ()))})
 
 
 def delta_from_plain(data: dict[str, Any]) -> Delta:

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from ohmygpu.core.errors import CorruptFile
-from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE
+from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE, TOOL_TEMPLATE_FILE
 
 from .source import Source
 
@@ -30,11 +30,18 @@ _TURN_ENDS = (
     "<end_of_utterance>",
     "<|eot|>",
     "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<turn|>",
+    "[|endofturn|]",
+    "<|EOT|>",
     "</s>",
 )
 # Tokens that end a document or a message in every model that has them.
 _DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", _DEEPSEEK_END)
+# Where a reply has several messages, these end it, and <|end|> only one of its messages.
+_MESSAGE_END = "<|end|>"
+_REPLY_ENDS = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
 
 # Sampling parameters and the ranges requests accept them in.
 _SAMPLING = {
@@ -75,7 +82,7 @@ class TokenizerParts:
 
 
 def prepare_tokenizer(source: Source, folder: Path) -> TokenizerFacts:
-    """Write tokenizer.json, and chat_template.jinja where there is one, into `folder`.
+    """Write tokenizer.json, and the chat templates where there are some, into `folder`.
 
     Raises CorruptFile when they are damaged, UnsupportedModel when they are of an unknown kind.
     """
@@ -137,15 +144,17 @@ def check_id(value: Any, vocab_size: int, what: str) -> int:
 
 def _write(parts: TokenizerParts, folder: Path) -> TokenizerFacts:
     tokenizer, template = parts.tokenizer, parts.template
-    if template is not None and len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise CorruptFile(f"the chat template has {len(template)} characters; pull the model again")
     # Cutting and padding are the caller's business; a file that asks for them must not shorten
     # prompts silently.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
-    if template is not None:
-        (folder / TEMPLATE_FILE).write_bytes(template.encode("utf-8"))
+    for name, text in ((TEMPLATE_FILE, template), (TOOL_TEMPLATE_FILE, parts.tool_template)):
+        if text is None:
+            continue
+        if len(text) > MAX_TEMPLATE_CHARACTERS:
+            raise CorruptFile(f"the chat template has {len(text)} characters; pull the model again")
+        (folder / name).write_bytes(text.encode("utf-8"))
     return TokenizerFacts(
         bos_token_id=parts.bos_token_id,
         eos_token_ids=_all_ends(parts),
@@ -161,7 +170,10 @@ def _all_ends(parts: TokenizerParts) -> tuple[int, ...]:
     own = [] if parts.eos_token_id is None else [parts.eos_token_id]
     written = [token for token in _TURN_ENDS if token in (parts.template or "")]
     added = {token.content: number for number, token in _added_tokens(parts.tokenizer)}
-    known = [added[token] for token in (*written, *_DOCUMENT_ENDS) if token in added]
+    replies = [token for pair in _REPLY_ENDS for token in pair if added.keys() >= set(pair)]
+    if replies:
+        written = [token for token in written if token != _MESSAGE_END]
+    known = [added[token] for token in (*written, *replies, *_DOCUMENT_ENDS) if token in added]
     return tuple(dict.fromkeys([*own, *parts.more_eos_token_ids, *known]))
 
 

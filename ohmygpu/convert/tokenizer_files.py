@@ -1,8 +1,11 @@
-"""The tokenizer of a Hugging Face repository: tokenizer.json or tokenizer.model, and its settings.
+"""The tokenizer of a Hugging Face repository, and its settings.
+
+tokenizer.json where there is one; else what the model's first tokenizer read: tokenizer.model,
+vocab.json with merges.txt, vocab.txt or tekken.json.
 
 Follows transformers where files disagree: `tokenizer_config.json` over `special_tokens_map.json`
 over `config.json`; an explicit `add_bos_token` or `add_eos_token` over tokenizer.json's own
-post-processor; `chat_template.jinja` over `tokenizer_config.json` over `chat_template.json`.
+post-processor.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 
 from .safetensors import read_json_object
 from .tokenizer import TokenizerParts, sampling_defaults, set_bos_eos
+from .tokenizer_templates import repository_templates
 
 _TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
 _SENTENCEPIECE = "tokenizer.model"
+_TEKKEN = "tekken.json"
 
 
 def read_tokenizer_files(files: Mapping[str, Path], config: dict[str, Any]) -> TokenizerParts:
@@ -30,18 +35,9 @@ def read_tokenizer_files(files: Mapping[str, Path], config: dict[str, Any]) -> T
     generation = _optional(files, "generation_config.json")
     special = _optional(files, "special_tokens_map.json") | settings
     vocab_size = _vocab_size(config)
-    if _TOKENIZER in files:
-        tokenizer = _read_tokenizer_json(files[_TOKENIZER], vocab_size)
-    elif _SENTENCEPIECE in files:
-        from .tokenizer_sentencepiece import read_sentencepiece
-
-        tokenizer = read_sentencepiece(files[_SENTENCEPIECE], settings)
-        settings = {"add_bos_token": True, "add_eos_token": False} | settings
-    else:
-        raise UnsupportedModel(
-            f"neither {_TOKENIZER} nor {_SENTENCEPIECE} is there, so text cannot become tokens; "
-            "look for a repository of this model that has one"
-        )
+    tokenizer, taken_for_granted = _read_tokenizer(files, settings, config, vocab_size)
+    settings = taken_for_granted | settings
+    special = taken_for_granted | special
     _add_missing_tokens(tokenizer, _listed_tokens(files, settings), vocab_size)
     bos = _special_id(tokenizer, "bos", special, config, generation)
     eos = _special_id(tokenizer, "eos", special, config, generation)
@@ -53,16 +49,57 @@ def read_tokenizer_files(files: Mapping[str, Path], config: dict[str, Any]) -> T
             _pair(tokenizer, bos) if settings.get("add_bos_token") else None,
             _pair(tokenizer, eos) if settings.get("add_eos_token") else None,
         )
+    elif settings.get("cls_token") and "vocab.txt" in files and _TOKENIZER not in files:
+        ends = (_special_id(tokenizer, kind, special, {}, {}) for kind in ("cls", "sep"))
+        set_bos_eos(tokenizer, *(_pair(tokenizer, number) for number in ends))
     sampling: dict[str, float] = {}
     if generation.get("do_sample") is not False:  # False asks for greedy: nothing to sample by
         sampling = sampling_defaults(generation, "generation_config.json")
+    template, tool_template = repository_templates(files, settings)
     return TokenizerParts(
         tokenizer=tokenizer,
         bos_token_id=bos,
         eos_token_id=eos,
         more_eos_token_ids=[*_ids(generation, "eos_token_id"), *_ids(config, "eos_token_id")],
-        template=_template(files, settings),
+        template=template,
+        tool_template=tool_template,
         generation=sampling,
+    )
+
+
+def _read_tokenizer(
+    files: Mapping[str, Path],
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    vocab_size: int | None,
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, and the settings its kind takes for granted."""
+    if _TOKENIZER in files:
+        return _read_tokenizer_json(files[_TOKENIZER], vocab_size), {}
+    if _SENTENCEPIECE in files:
+        from .tokenizer_sentencepiece import read_sentencepiece
+
+        tokenizer = read_sentencepiece(files[_SENTENCEPIECE], settings)
+        return tokenizer, {"add_bos_token": True, "add_eos_token": False}
+    if "vocab.json" in files and "merges.txt" in files:
+        from .tokenizer_bpe import read_vocab_merges
+
+        return read_vocab_merges(files, config), {}
+    if "vocab.txt" in files:
+        from .tokenizer_wordpiece import read_vocab_txt
+
+        return read_vocab_txt(files["vocab.txt"], settings), {
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+        }
+    if _TEKKEN in files:
+        from .tokenizer_bpe import read_tekken
+
+        return read_tekken(files[_TEKKEN])
+    raise UnsupportedModel(
+        "none of tokenizer.json, tokenizer.model, vocab.json with merges.txt, vocab.txt and "
+        "tekken.json is there, so text cannot become tokens; look for a repository of this model "
+        "that has one"
     )
 
 
@@ -179,26 +216,3 @@ def _ids(source: dict[str, Any], key: str) -> list[int]:
 def _pair(tokenizer: Tokenizer, number: int | None) -> tuple[str, int] | None:
     token = None if number is None else tokenizer.id_to_token(number)
     return None if number is None or token is None else (token, number)
-
-
-def _template(files: Mapping[str, Path], settings: dict[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        try:
-            return files["chat_template.jinja"].read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptFile("chat_template.jinja cannot be read; pull the model again") from error
-    template = settings.get("chat_template")
-    if template is None:
-        template = _optional(files, "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several, named; the others are for tools or retrieval
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = named.get("default")
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is not None and not isinstance(template, str):
-        raise CorruptFile(f"the chat_template in {_SETTINGS} is not text; pull the model again")
-    return template or None

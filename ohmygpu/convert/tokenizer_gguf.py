@@ -1,9 +1,8 @@
 """Rebuilds the tokenizer that a GGUF file describes in its metadata.
 
-Byte-level BPE (`tokenizer.ggml.model` = gpt2) depends on how text is cut before the merges, which
-the file only names (`tokenizer.ggml.pre`). `_PRE_TOKENIZERS` gives, for the names we know, the
-steps of the original tokenizer.json; any other name is refused, because a guess would give a model
-that answers, but worse.
+`tokenizer.ggml.model` says the kind: gpt2 (byte-level BPE, cut as `tokenizer.ggml.pre` says, see
+tokenizer_pre.py), llama (SentencePiece BPE), gemma4 (the same with merges), t5 (SentencePiece
+unigram) and bert (WordPiece).
 """
 
 from __future__ import annotations
@@ -13,133 +12,80 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 
 from .gguf import GgufModel
 from .tokenizer import TokenizerParts, check_id, sampling_defaults, set_bos_eos
+from .tokenizer_bpe import build_byte_level
+from .tokenizer_pre import BY_ARCHITECTURE, PRE_TOKENIZERS, PreTokenizer
 from .tokenizer_sentencepiece import (
     BYTE,
+    CONTROL,
     NORMAL,
+    USER_DEFINED,
     Piece,
     add_marked_tokens,
     build_sentencepiece,
 )
+from .tokenizer_templates import gguf_templates
+from .tokenizer_unigram import build_unigram
+from .tokenizer_wordpiece import build_wordpiece, is_uncased, word_pieces
 
-Steps = Callable[[], list[pre_tokenizers.PreTokenizer]]
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SEED_CODER = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
-)
-# Words from upper to lower case, as in tekken and o200k
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
-_CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-_TEKKEN = rf"{_CASED}|{_CAPITALS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-_GPT4O = (
-    rf"{_CASED}{_CONTRACTIONS}?|{_CAPITALS}{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-_DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
-
-
-@dataclass(frozen=True, slots=True)
-class _PreTokenizer:
-    steps: Steps
-    whole_words: bool = False  # a word that is a token is taken as it stands, merges or not
-    add_bos: bool = False  # where the file does not say
-    unicode_nfc: bool = False
-
-
-def _split(*patterns: str, digits: bool = False) -> Steps:
-    def steps() -> list[pre_tokenizers.PreTokenizer]:
-        cuts: list[pre_tokenizers.PreTokenizer] = [
-            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns
-        ]
-        if digits:
-            cuts.append(pre_tokenizers.Digits(individual_digits=True))
-        return [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-
-    return steps
-
-
-def _gpt2(*, digits: bool = False) -> Steps:
-    def steps() -> list[pre_tokenizers.PreTokenizer]:
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        return [pre_tokenizers.Digits(individual_digits=True), words] if digits else [words]
-
-    return steps
-
-
-_PRE_TOKENIZERS: dict[str, _PreTokenizer] = {}
-_PRE_TOKENIZERS |= dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _PreTokenizer(_gpt2()))
-_PRE_TOKENIZERS |= dict.fromkeys(
-    ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"),
-    _PreTokenizer(_gpt2(digits=True)),
-)
-_PRE_TOKENIZERS |= dict.fromkeys(
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"),
-    _PreTokenizer(_split(_LLAMA3), whole_words=True, add_bos=True),
-)
-_PRE_TOKENIZERS |= dict.fromkeys(("smaug-bpe", "dbrx"), _PreTokenizer(_split(_LLAMA3)))
-_PRE_TOKENIZERS |= dict.fromkeys(
-    ("qwen2", "deepseek-r1-qwen"), _PreTokenizer(_split(_QWEN2), unicode_nfc=True)
-)
-_PRE_TOKENIZERS |= dict.fromkeys(("gpt-4o", "llama4"), _PreTokenizer(_split(_GPT4O)))
-_PRE_TOKENIZERS["tekken"] = _PreTokenizer(_split(_TEKKEN), whole_words=True, add_bos=True)
-_PRE_TOKENIZERS["seed-coder"] = _PreTokenizer(_split(_SEED_CODER))
-_PRE_TOKENIZERS["deepseek-coder"] = _PreTokenizer(
-    _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, digits=True)
-)
+# Phi-3's special tokens take the white space after them, except these; the files do not say so.
+_PHI3 = "phi3"
+_PHI3_KEEPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_gguf_tokenizer(model: GgufModel, vocab_size: int) -> TokenizerParts:
-    """The tokenizer, its template and its ids. Raises CorruptFile or UnsupportedModel."""
+    """The tokenizer, its templates and its ids. Raises CorruptFile or UnsupportedModel."""
     keys = _Keys(model)
     kind = keys.value("model", str)
     tokens = keys.strings("tokens")
     if len(tokens) > vocab_size:
         raise keys.corrupt("tokens", f"has {len(tokens)} entries for {vocab_size} embeddings")
-    if kind == "gpt2":
-        tokenizer, add_bos = _byte_level(keys, _pieces(keys, tokens, scored=False))
-        bos, eos = keys.token_id("bos"), keys.token_id("eos")
-    elif kind == "llama":
-        tokenizer = build_sentencepiece(
-            _pieces(keys, tokens, scored=True),
-            add_space_prefix=keys.flag("add_space_prefix", True),
-            prefix_once=False,
-        )
-        add_bos = True
-        bos, eos = keys.token_id("bos", 1), keys.token_id("eos", 2)
-    else:
+    if kind not in _KINDS:
         raise UnsupportedModel(
-            f"{model.name} has a tokenizer of the kind {str(kind)[:40]!r}; gpt2 (byte-level BPE) "
-            "and llama (SentencePiece BPE) are known"
+            f"{model.name} has a tokenizer of the kind {str(kind)[:40]!r}; known: "
+            f"{', '.join(sorted(_KINDS))}"
         )
-    keep_bos, keep_eos = keys.flag("add_bos_token", add_bos), keys.flag("add_eos_token", False)
+    found = _KINDS[kind](keys, tokens)
+    bos = keys.token_id("bos", found.bos_token_id)
+    eos = keys.token_id("eos", found.eos_token_id)
+    first, last = found.first_token_id, found.last_token_id
+    first, last = bos if first is None else first, eos if last is None else last
+    keep_bos = keys.flag("add_bos_token", found.add_bos)
+    keep_eos = keys.flag("add_eos_token", keys.flag("add_sep_token", found.add_eos))
     set_bos_eos(
-        tokenizer,
-        (tokens[bos], bos) if keep_bos and bos is not None else None,
-        (tokens[eos], eos) if keep_eos and eos is not None else None,
+        found.tokenizer,
+        (tokens[first], first) if keep_bos and first is not None else None,
+        (tokens[last], last) if keep_eos and last is not None else None,
     )
     ends = (keys.token_id("eot"), keys.token_id("eom"))
+    template, tool_template = gguf_templates(model.metadata, model.name)
     return TokenizerParts(
-        tokenizer=tokenizer,
+        tokenizer=found.tokenizer,
         bos_token_id=bos,
         eos_token_id=eos,
         more_eos_token_ids=[number for number in ends if number is not None],
-        template=keys.value("tokenizer.chat_template", str) or None,
+        template=template,
+        tool_template=tool_template,
         generation=_sampling(model),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A tokenizer, and what its kind takes for granted where the file does not say."""
+
+    tokenizer: Tokenizer
+    add_bos: bool = False
+    add_eos: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    first_token_id: int | None = None  # goes before a text instead of BOS
+    last_token_id: int | None = None  # goes after a text instead of EOS
 
 
 class _Keys:
@@ -185,10 +131,13 @@ class _Keys:
             return default if default is not None and default < self._size else None
         return check_id(value, self._size, f"{_full(key)} in {self._model.name}")
 
-    def pre_tokenizer(self) -> _PreTokenizer:
+    def pre_tokenizer(self) -> PreTokenizer:
         name = self.value("pre", str)
-        if name in _PRE_TOKENIZERS:
-            return _PRE_TOKENIZERS[name]
+        if name in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[name]
+        architecture = self._model.metadata.get("general.architecture")
+        if name in (None, "default") and architecture in BY_ARCHITECTURE:
+            return PRE_TOKENIZERS[BY_ARCHITECTURE[architecture]]
         if name is None or name == "default":
             raise UnsupportedModel(
                 f"{self._model.name} does not say how its tokenizer cuts text "
@@ -196,8 +145,31 @@ class _Keys:
             )
         raise UnsupportedModel(
             f"{self._model.name} cuts text the {name[:40]!r} way (tokenizer.ggml.pre); "
-            f"known: {', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"known: {', '.join(sorted(PRE_TOKENIZERS))}"
         )
+
+    @property
+    def architecture(self) -> str:
+        return str(self._model.metadata.get("general.architecture"))
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens to join."""
+        pairs = []
+        for merge in self.strings("merges"):
+            left, space, right = merge.partition(" ")
+            if not (left and space and right) or " " in right:
+                raise self.corrupt("merges", f"holds {merge[:40]!r}, which is not a pair")
+            pairs.append((left, right))
+        return pairs
+
+    def data(self, key: str) -> bytes:
+        """An array of bytes, empty where there is none."""
+        value = self._model.metadata.get(_full(key))
+        if value is None:
+            return b""
+        if not isinstance(value, np.ndarray) or value.dtype.itemsize != 1:
+            raise self.corrupt(key, "is not a list of bytes")
+        return value.tobytes()
 
 
 def _full(key: str) -> str:
@@ -219,31 +191,90 @@ def _pieces(keys: _Keys, tokens: list[str], *, scored: bool) -> list[Piece]:
     return pieces
 
 
-def _byte_level(keys: _Keys, pieces: list[Piece]) -> tuple[Tokenizer, bool]:
-    """The tokenizer and whether it adds BOS by default."""
+def _byte_level(keys: _Keys, tokens: list[str]) -> _Found:
+    pieces = _pieces(keys, tokens, scored=False)
     pre = keys.pre_tokenizer()
     vocab = {piece.text: number for number, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise keys.corrupt("tokens", "has the same token twice")
-    merges: list[tuple[str, str]] = []
-    for merge in keys.strings("merges"):
-        left, space, right = merge.partition(" ")
-        if not (left and space and right) or " " in right:
-            raise keys.corrupt("merges", f"holds {merge[:40]!r}, which is not a pair")
-        merges.append((left, right))
-    try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words)
-    except Exception as error:  # the library raises plain Exception
-        raise keys.corrupt("merges", f"does not fit the tokens ({str(error)[:120]})") from error
-    tokenizer = Tokenizer(model)
-    if pre.unicode_nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre.steps())
-    tokenizer.decoder = decoders.ByteLevel()
     if any(piece.kind == BYTE for piece in pieces):
         raise keys.corrupt("token_type", "marks byte tokens in a byte-level vocabulary")
+    try:
+        tokenizer = build_byte_level(vocab, keys.merges(), pre)
+    except ValueError as error:
+        raise keys.corrupt("merges", f"does not fit the tokens ({error})") from error
     add_marked_tokens(tokenizer, pieces)
-    return tokenizer, pre.add_bos
+    return _Found(tokenizer, add_bos=pre.add_bos, add_eos=pre.add_sep)
+
+
+def _sentencepiece(keys: _Keys, tokens: list[str]) -> _Found:
+    pieces = _pieces(keys, tokens, scored=True)
+    strip_right: list[str] = []
+    if keys.architecture == _PHI3:
+        marked = [piece.text for piece in pieces if piece.kind in (CONTROL, USER_DEFINED)]
+        strip_right = [text for text in marked if text not in _PHI3_KEEPING]
+    tokenizer = build_sentencepiece(
+        pieces,
+        add_space_prefix=keys.flag("add_space_prefix", True),
+        prefix_once=False,
+        unknown_id=keys.token_id("unknown"),
+        strip_right=strip_right,
+    )
+    return _Found(tokenizer, add_bos=True, bos_token_id=1, eos_token_id=2)
+
+
+def _merged_sentencepiece(keys: _Keys, tokens: list[str]) -> _Found:
+    tokenizer = build_sentencepiece(
+        _pieces(keys, tokens, scored=False),
+        add_space_prefix=keys.flag("add_space_prefix", False),
+        prefix_once=False,
+        merges=keys.merges(),
+        unknown_id=keys.token_id("unknown"),
+    )
+    return _Found(tokenizer, add_bos=True)
+
+
+def _unigram(keys: _Keys, tokens: list[str]) -> _Found:
+    tokenizer = build_unigram(
+        _pieces(keys, tokens, scored=True),
+        unknown_id=keys.token_id("unknown"),
+        charsmap=keys.data("precompiled_charsmap"),
+        add_space_prefix=keys.flag("add_space_prefix", True),
+        one_space=keys.flag("remove_extra_whitespaces", False),
+    )
+    return _Found(tokenizer, add_eos=True, eos_token_id=1)
+
+
+def _wordpiece(keys: _Keys, tokens: list[str]) -> _Found:
+    kinds = keys.numbers("token_type")
+    control = [kinds is not None and kinds[number] == CONTROL for number in range(len(tokens))]
+    words = word_pieces(tokens, control)
+    vocab = {word: number for number, word in enumerate(words)}
+    if len(vocab) != len(words):
+        raise keys.corrupt("tokens", "has the same token twice")
+    unknown = keys.token_id("unknown", vocab.get("[UNK]"))
+    first = keys.token_id("cls", vocab.get("[CLS]"))
+    last = keys.token_id("seperator", vocab.get("[SEP]"))  # so spelt in the format
+    accents = keys.value("normalizer.strip_accents", bool)
+    special = [word for word, is_control in zip(words, control, strict=True) if is_control]
+    ends = [words[number] for number in (unknown, first, last) if number is not None]
+    tokenizer = build_wordpiece(
+        vocab,
+        list(dict.fromkeys([*special, *ends])),
+        unknown="[UNK]" if unknown is None else words[unknown],
+        lowercase=keys.flag("normalizer.lowercase", is_uncased(words)),
+        strip_accents=accents,
+    )
+    return _Found(tokenizer, add_bos=True, add_eos=True, first_token_id=first, last_token_id=last)
+
+
+_KINDS: dict[str, Callable[[_Keys, list[str]], _Found]] = {
+    "bert": _wordpiece,
+    "gemma4": _merged_sentencepiece,
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+    "t5": _unigram,
+}
 
 
 def _sampling(model: GgufModel) -> dict[str, float]:

@@ -34,9 +34,10 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
 # Only of use where there is no tokenizer.json, which holds all of them.
-_SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:gguf|safetensors)\Z")
 _NOT_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -88,7 +89,7 @@ def artifact_format(name: str) -> str:
     for suffix in ("safetensors", "gguf"):
         if base.lower().endswith("." + suffix):
             return suffix
-    if base in _TOKENIZER_FILES or base in _SLOW_TOKENIZER_FILES:
+    if base in _TOKENIZER_FILES or base in _SLOW_TOKENIZER_FILES or base.endswith(".jinja"):
         return "tokenizer"
     is_config = base in (*_CONFIG_FILES, *_SENTENCE_FILES, INDEX_FILE)
     return "config" if is_config else "other"
@@ -131,10 +132,12 @@ def select_files(names: Collection[str], variant: str | None, read: Read, where:
 
 def check_tokenizer(names: Collection[str], where: str) -> None:
     """Raise UnsupportedModel unless `names` has a tokenizer that can be read."""
-    if not {"tokenizer.json", "tokenizer.model"}.intersection(names):
+    alone = {"tokenizer.json", "tokenizer.model", "vocab.txt", "tekken.json"}
+    if not alone.intersection(names) and not {"vocab.json", "merges.txt"}.issubset(names):
         raise UnsupportedModel(
-            f"{where} has neither tokenizer.json nor tokenizer.model, so text cannot become "
-            "tokens; look for a repository of this model that has one"
+            f"{where} has no tokenizer.json, tokenizer.model, vocab.json with merges.txt, "
+            "vocab.txt or tekken.json, so text cannot become tokens; look for a repository of this "
+            "model that has one"
         )
 
 

@@ -13,6 +13,7 @@ COMPILE_FILE = "compile.json"
 GRAPH_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE_FILE = "chat_template.tool_use.jinja"  # for conversations with tools, if another
 DEFAULT_CONTEXT_TOKENS = 32768  # the longest context served unless more is asked for
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2}

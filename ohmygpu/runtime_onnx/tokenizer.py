@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from ohmygpu.core.errors import ContextLengthExceeded, CorruptFile, InvalidRequest
-from ohmygpu.core.records import TEMPLATE_FILE, TOKENIZER_FILE, CompiledModel
+from ohmygpu.core.records import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    TOOL_TEMPLATE_FILE,
+    CompiledModel,
+)
 from ohmygpu.runtime_api import Message
 
 from .template import ChatTemplate
@@ -29,8 +35,10 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            template = folder / TEMPLATE_FILE
-            text = template.read_text(encoding="utf-8") if template.exists() else ""
+            text, tool_text = (
+                template.read_text(encoding="utf-8") if template.exists() else ""
+                for template in (folder / TEMPLATE_FILE, folder / TOOL_TEMPLATE_FILE)
+            )
         except Exception as error:  # the tokenizers library raises plain Exception
             raise CorruptFile(
                 f"the tokenizer in {folder.name} is damaged ({error}); remove the model with "
@@ -55,7 +63,7 @@ class Tokenizer:
         tokens = {"bos_token": compiled.bos_token, "eos_token": compiled.eos_token}
         # an absent token stays undefined, as in transformers: templates ask `is defined`
         self._template = ChatTemplate(
-            text, {name: token for name, token in tokens.items() if token}
+            text, {name: token for name, token in tokens.items() if token}, tool_text
         )
 
     # --- text → tokens ---
@@ -131,9 +139,14 @@ class Tokenizer:
         follow = self._template.render_continuation(messages)
         return context + self.encode(follow, add_special=False)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as the model's template writes it (with add_generation_prompt)."""
-        return self._template.render(messages)
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model's template writes it (see ChatTemplate.render)."""
+        return self._template.render(messages, tools, **variables)
 
     def _checked(self, context_tokens: Sequence[int]) -> list[int]:
         for token_id in context_tokens:

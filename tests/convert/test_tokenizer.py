@@ -322,7 +322,7 @@ BAD_GGUF: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bos outside": ({"tokenizer.ggml.bos_token_id": 9999}, "bos_token_id.*9999"),
     "flag of another type": ({"tokenizer.ggml.add_bos_token": 3}, "not of the type bool"),
-    "template of another type": ({"tokenizer.chat_template": 3}, "not of the type str"),
+    "template of another type": ({"tokenizer.chat_template": 3}, "is not text"),
     "impossible sampling": ({"general.sampling.temp": -3.0}, "temperature"),
 }
 
@@ -523,7 +523,7 @@ def test_damaged_files_are_refused_and_named(workshop: Workshop, damage: str) ->
 
 
 def test_a_repository_without_a_tokenizer_is_refused(workshop: Workshop) -> None:
-    with pytest.raises(UnsupportedModel, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(UnsupportedModel, match=r"none of tokenizer\.json, tokenizer\.model"):
         read_tokenizer_files({}, CONFIG)
 
 
@@ -552,7 +552,7 @@ def test_a_sentencepiece_file_is_read_without_sentencepiece(workshop: Workshop) 
 
 
 def test_a_sentencepiece_file_of_another_kind_is_refused(workshop: Workshop) -> None:
-    path = sentencepiece_file(workshop.folder / "m", sentencepiece_pieces(), model_type=1)
+    path = sentencepiece_file(workshop.folder / "m", sentencepiece_pieces(), model_type=4)
     with pytest.raises(UnsupportedModel, match=r"tokenizer\.json"):
         read_tokenizer_files({"tokenizer.model": path}, CONFIG)
 
