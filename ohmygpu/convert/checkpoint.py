@@ -13,7 +13,7 @@ from typing import Any
 
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 
-READABLE = "fp8, gptq (4 and 8 bits), awq (gemm) and compressed-tensors (fp8, int4, int8)"
+READABLE = "fp8, mxfp4, gptq (4 and 8 bits), awq (gemm) and compressed-tensors (fp8, int4, int8)"
 
 _INTEGER_BITS = (4, 8)
 _COMPRESSED_FORMATS = (
@@ -34,7 +34,7 @@ class Checkpoint:
     tell; `zero_point_shift` is what the stored zero points lack (GPTQ's first format: 1).
     """
 
-    method: str  # gptq | awq | fp8 | compressed-tensors
+    method: str  # gptq | awq | fp8 | compressed-tensors | mxfp4
     bits: int  # of most weights
     group: int = 0
     zero_point_shift: int = 0
@@ -44,8 +44,8 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """As shown to users: "gptq-int4", "fp8"."""
-        if self.method == "fp8":
-            return "fp8"
+        if self.method in ("fp8", "mxfp4"):
+            return self.method
         return f"{self.method}-{'int' if self.has_integers else 'fp'}{self.bits}"
 
 
@@ -123,6 +123,10 @@ def _fp8(settings: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint("fp8", 8, block_shape=(shape[0], shape[1]))
 
 
+def _mxfp4(settings: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint("mxfp4", 4, has_integers=True)  # codes: twice its floats are integers
+
+
 def _modelopt(settings: Mapping[str, Any]) -> Checkpoint:
     algorithm = str(settings.get("quant_algo"))
     if algorithm != "FP8":
@@ -175,6 +179,7 @@ _METHODS = {
     "fbgemm_fp8": _fp8,
     "modelopt": _modelopt,
     "compressed-tensors": _compressed,
+    "mxfp4": _mxfp4,
 }
 
 

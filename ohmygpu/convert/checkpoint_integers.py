@@ -29,6 +29,11 @@ class StoredMatrix(Protocol):
     """A weight matrix made of several stored tensors. Rows are outputs."""
 
     @property
+    def name(self) -> str:
+        """The weight that a family knows it as."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
         ...

@@ -17,6 +17,7 @@ from .checkpoint_compressed import compressed_matrices
 from .checkpoint_float8 import ACTIVATION_SUFFIXES, float8_matrices
 from .checkpoint_gptq import awq_matrices, gptq_matrices
 from .checkpoint_integers import StoredMatrix
+from .checkpoint_mxfp4 import mxfp4_matrices
 from .safetensors import SafetensorsSource
 from .source import (
     BlockLayout,
@@ -33,6 +34,7 @@ _READERS: Mapping[str, Callable[[SafetensorsSource, Checkpoint], Sequence[Stored
     "awq": awq_matrices,
     "fp8": float8_matrices,
     "compressed-tensors": compressed_matrices,
+    "mxfp4": mxfp4_matrices,
 }
 _QUANTISED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale_inv")
 
@@ -76,7 +78,7 @@ class CheckpointSource:
         self.total_bytes = stored.total_bytes
         self.quantization = checkpoint.label
         found = _READERS[checkpoint.method](stored, checkpoint)
-        self._matrices = {_weight_of(matrix): matrix for matrix in found}
+        self._matrices = {matrix.name: matrix for matrix in found}
         if not self._matrices:
             raise CorruptFile(
                 f"the config says that the weights are quantised ({checkpoint.label}), and no "
@@ -132,8 +134,3 @@ class CheckpointSource:
                 self._current.release()
             self._current = matrix
         return matrix
-
-
-def _weight_of(matrix: StoredMatrix) -> str:
-    """`…q_proj.qweight` → `…q_proj.weight`."""
-    return f"{matrix.parts[0].rpartition('.')[0]}.weight"
