@@ -59,15 +59,18 @@ class Catalogue:
         recipe: str | None,
         sink: EventSink,
         *,
+        adapter: str | None = None,
         verify: bool = False,
     ) -> str:
         """Install a model, and measure it with `verify`; its name. Raises Cancelled on Ctrl-C."""
         try:
             with self._daemon_for_pull() as client:
                 if client is not None:
-                    events = client.pull(reference, name=name, recipe=recipe, verify=verify)
+                    events = client.pull(
+                        reference, name=name, recipe=recipe, adapter=adapter, verify=verify
+                    )
                     return _follow(events, sink)
-            return self._pull(reference, name, recipe, sink, verify)
+            return self._pull(reference, name, recipe, adapter, sink, verify)
         except (Cancelled, KeyboardInterrupt):
             raise Cancelled(
                 "stopped; run the same command again, and it goes on from here"
@@ -110,6 +113,7 @@ class Catalogue:
         reference: str,
         name: str | None,
         recipe: str | None,
+        adapter: str | None,
         sink: EventSink,
         verify: bool,
     ) -> str:
@@ -121,6 +125,7 @@ class Catalogue:
                 self._settings,
                 name=name,
                 recipe=recipe,
+                adapter=adapter,
                 verify=verify,
                 sink=sink,
                 cancel=cancel,

@@ -37,7 +37,12 @@ def model() -> None:
 @click.option(
     "--recipe",
     metavar="RECIPE",
-    help="What to compile to: auto, f32, q8, q4 or exact (GGUF blocks bit for bit).",
+    help="What to compile to: auto, f32, q8, q4 or exact (quantised weights bit for bit).",
+)
+@click.option(
+    "--adapter",
+    metavar="REFERENCE",
+    help="Merge this LoRA adapter (org/name or ./folder) into it; the result has its name.",
 )
 @click.option(
     "--verify",
@@ -45,7 +50,14 @@ def model() -> None:
     help="Also measure how close the result is to the same weights in float32 (see model verify).",
 )
 @json_option("Print the installed model as JSON.")
-def pull(reference: str, name: str | None, recipe: str | None, verify: bool, as_json: bool) -> None:
+def pull(
+    reference: str,
+    name: str | None,
+    recipe: str | None,
+    adapter: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
     """Install a model: download it, verify it and compile it for this machine.
 
     REFERENCE is one of
@@ -61,7 +73,8 @@ def pull(reference: str, name: str | None, recipe: str | None, verify: bool, as_
     A pull that was stopped goes on from where it was.
     """
     catalogue = Catalogue(load_settings())
-    installed = catalogue.model(pull_model(catalogue, reference, name, recipe, verify=verify))
+    full_name = pull_model(catalogue, reference, name, recipe, adapter=adapter, verify=verify)
+    installed = catalogue.model(full_name)
     if as_json:
         write_json(to_json(installed))
     else:
@@ -78,12 +91,15 @@ def pull_model(
     name: str | None = None,
     recipe: str | None = None,
     *,
+    adapter: str | None = None,
     verify: bool = False,
 ) -> str:
     """Install a model with its progress on stderr; the installed name."""
-    absolute = ModelRef.parse(reference).display  # the daemon has another working directory
+    # Absolute paths: the daemon has another working directory.
+    absolute = ModelRef.parse(reference).display
+    merged = None if adapter is None else ModelRef.parse(adapter).display
     with Progress() as progress:
-        return catalogue.pull(absolute, name, recipe, progress, verify=verify)
+        return catalogue.pull(absolute, name, recipe, progress, adapter=merged, verify=verify)
 
 
 @model.command("verify")
@@ -163,6 +179,10 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
     if record.revision:
         rows.append(("revision", f"{record.revision.resolved_commit} ({record.revision.branch})"))
     rows.append(("recipe", record.recipe))
+    if record.adapter:
+        revision = record.adapter.revision
+        commit = f" ({revision.resolved_commit})" if revision else ""
+        rows.append(("adapter", f"{record.adapter.source_ref}{commit}, merged in"))
     if record.recipe_reason:
         rows.append(("recipe chosen", record.recipe_reason))
     rows.append(("architecture", record.family))
@@ -281,6 +301,7 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "revision": asdict(record.revision) if record.revision else None,
         "recipe": record.recipe,
         "recipe_reason": record.recipe_reason,
+        "adapter": None if record.adapter is None else asdict(record.adapter),
         "family": record.family,
         "quantization": entry.quantization,
         "parameters": entry.parameters,

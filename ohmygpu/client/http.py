@@ -93,13 +93,20 @@ class Client:
         *,
         name: str | None = None,
         recipe: str | None = None,
+        adapter: str | None = None,
         verify: bool = False,
     ) -> Generator[Event, None, None]:
         """Progress of an install, `done` last; an `error` event is raised instead of yielded.
 
         Closing the iterator ends this view of the pull.
         """
-        body = {"model": reference, "name": name, "recipe": recipe, "verify": verify or None}
+        body = {
+            "model": reference,
+            "name": name,
+            "recipe": recipe,
+            "adapter": adapter,
+            "verify": verify or None,
+        }
         body = {key: value for key, value in body.items() if value is not None}
         yield from self._events("/v1/models/pull", body)
 

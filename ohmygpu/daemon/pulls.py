@@ -23,6 +23,7 @@ class PullFunction(Protocol):
         *,
         name: str | None,
         recipe: str | None,
+        adapter: str | None,
         verify: bool,
         sink: EventSink,
         cancel: threading.Event,
@@ -60,20 +61,28 @@ class Pulls:
         *,
         name: str | None = None,
         recipe: str | None = None,
+        adapter: str | None = None,
         verify: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Events of the pull until its `done` or `error`; closing it may cancel the pull.
 
-        Raises InvalidName when `reference` is none.
+        Raises InvalidName when `reference` or `adapter` is none.
         """
 
         def run(sink: EventSink, cancel: threading.Event) -> InstallRecord:
             return self._pull(
-                reference, name=name, recipe=recipe, verify=verify, sink=sink, cancel=cancel
+                reference,
+                name=name,
+                recipe=recipe,
+                adapter=adapter,
+                verify=verify,
+                sink=sink,
+                cancel=cancel,
             )
 
         work = Work(f"pull of {reference}", run, self._on_installed)
-        return self._jobs.watch((_canonical(reference), name, recipe, verify), work)
+        merged = None if adapter is None else _canonical(adapter)
+        return self._jobs.watch((_canonical(reference), name, recipe, merged, verify), work)
 
     async def shutdown(self, timeout_s: float) -> None:
         """Cancel all pulls and wait for them, `timeout_s` at most."""

@@ -28,7 +28,7 @@ from .streams import (
     stream_response,
 )
 
-_PULL_FIELDS = frozenset({"model", "name", "recipe", "verify", "stream"})
+_PULL_FIELDS = frozenset({"model", "name", "recipe", "adapter", "verify", "stream"})
 _VERIFY_FIELDS = frozenset({"model", "stream"})
 _UNLOAD_FIELDS = frozenset({"model"})
 _GC_FIELDS = frozenset({"sources"})
@@ -78,8 +78,12 @@ async def pull() -> Response:
     check_known(body, _PULL_FIELDS)
     reference = checked_reference(_model(body))
     name, recipe = text_field(body, "name"), text_field(body, "recipe")
+    adapter = text_field(body, "adapter")
+    adapter = None if adapter is None else checked_reference(adapter)
     verify = boolean_field(body, "verify", default=False)
-    events = services().pulls.watch(reference, name=name, recipe=recipe, verify=verify)
+    events = services().pulls.watch(
+        reference, name=name, recipe=recipe, adapter=adapter, verify=verify
+    )
     return await _events_response(events, boolean_field(body, "stream", default=True))
 
 

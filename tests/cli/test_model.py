@@ -3,18 +3,23 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ohmygpu import install
+from ohmygpu.client import ModelInfo
 from ohmygpu.core.errors import AccessDenied, Cancelled, CorruptFile, DiskFull, UnsupportedModel
-from ohmygpu.core.events import Event
+from ohmygpu.core.events import Event, EventSink
+from ohmygpu.core.fidelity import Fidelity, save_fidelity
+from ohmygpu.core.records import Adapter, Revision
 from ohmygpu.core.repository import Repository
 from tests.cli.conftest import Result
 from tests.cli.fake_daemon import FakeDaemon
 from tests.cli.fake_models import install_fake
+from tests.core.test_fidelity import FIDELITY
 
 Omg = Callable[..., Result]
 FIELDS = {
@@ -82,6 +87,65 @@ def test_info_explains_source_variant_and_location(home: Path, omg: Omg) -> None
         for text in ("a" * 40, "135M", "2048 tokens", "the default", str(model.location), "269 MB"):
             assert text in result.stdout
     assert json.loads(omg("show", "org/tiny", "--json").stdout)["location"] == model.location
+
+
+def measure(home: Path, model: ModelInfo) -> None:
+    save_fidelity(Path(str(model.location)), {"model.onnx": FIDELITY})
+
+
+def test_info_says_why_the_recipe_was_chosen_and_how_close_it_is(home: Path, omg: Omg) -> None:
+    model = install_fake(home, recipe_reason="the default: close to lossless (for cpu on x86_64)")
+    shown = omg("show", "org/tiny").stdout
+    assert "the default: close to lossless (for cpu on x86_64)" in shown
+    assert "not measured; `omg model verify org/tiny` does that" in shown
+    measure(home, model)
+    shown = omg("show", "org/tiny").stdout
+    assert "not measured" not in shown
+    for text in ("KL 0.005", "0.003", "0.03", "96.0 %", "12.80", "12.70", "5112 tokens", "text 1"):
+        assert text in shown
+    data = json.loads(omg("show", "org/tiny", "--json").stdout)
+    assert data["fidelity"] == {"model.onnx": asdict(FIDELITY)}
+    assert data["recipe_reason"].startswith("the default")
+
+
+def test_verify_measures_without_a_daemon(
+    home: Path, omg: Omg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = install_fake(home)
+
+    def fake_verify(name: str, *_: Any, sink: EventSink, **__: Any) -> dict[str, Fidelity]:
+        sink(Event("measure", "measuring", done_bytes=5, total_bytes=10))
+        measure(home, model)
+        return {"model.onnx": FIDELITY}
+
+    monkeypatch.setattr("ohmygpu.verify.verify", fake_verify)
+    result = omg("model", "verify", "org/tiny")
+    assert result.code == 0
+    assert "KL 0.005" in result.stdout
+    assert "measuring 50%" in result.stderr
+    data = json.loads(omg("model", "verify", "org/tiny", "--json").stdout)
+    assert data["fidelity"]["model.onnx"]["tokens"] == 5112
+
+
+def test_verify_and_pull_verify_go_through_a_running_daemon(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    measure(home, install_fake(home))
+    done = {"phase": "done", "message": "", "name": "org/tiny"}
+    progress = {"phase": "measure", "message": "", "done_bytes": 5, "total_bytes": 10}
+    fake_daemon.pulls.append([progress, done])
+    assert "KL 0.005" in omg("model", "verify", "org/tiny").stdout
+    assert fake_daemon.requests[-1] == ("POST", "/v1/models/verify", {"model": "org/tiny"})
+    fake_daemon.pulls.append([done])
+    assert "KL 0.005" in omg("pull", "org/tiny", "--verify").stdout
+    assert fake_daemon.requests[-1][2] == {"model": "org/tiny", "verify": True}
+
+
+def test_verify_of_a_model_that_is_not_there_is_one_sentence(home: Path, omg: Omg) -> None:
+    install_fake(home)
+    result = omg("model", "verify", "org/tinny")
+    assert result.code == 3
+    assert "org/tiny" in result.stderr
 
 
 def test_a_misspelt_name_suggests_the_near_one_with_exit_code_3(home: Path, omg: Omg) -> None:
@@ -237,6 +301,23 @@ def test_without_a_daemon_pull_installs_by_itself(omg: Omg, pulled: list[dict[st
     assert json.loads(result.stdout)["name"] == "org/new"
     assert pulled[0]["reference"] == "org/new"
     assert "compiling 100%" in result.stderr
+
+
+def test_an_adapter_goes_with_the_pull_and_its_path_is_absolute(
+    omg: Omg, pulled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert omg("pull", "org/new", "--adapter", "./lora").code == 0
+    assert omg("pull", "org/new", "--adapter", "org/lora").code == 0
+    assert [call["adapter"] for call in pulled] == [str(tmp_path / "lora"), "org/lora"]
+
+
+def test_info_shows_the_adapter_that_was_merged_in(home: Path, omg: Omg) -> None:
+    adapter = Adapter("org/lora", Revision("main", "f" * 40))
+    install_fake(home, "org/lora", adapter=adapter)
+    assert f"org/lora ({'f' * 40}), merged in" in omg("model", "info", "org/lora").stdout
+    shown = json.loads(omg("model", "info", "org/lora", "--json").stdout)
+    assert shown["adapter"]["source_ref"] == "org/lora"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 
 from ohmygpu.core.errors import Cancelled, InvalidName, NetworkError, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
+from ohmygpu.core.fidelity import Fidelity
 from ohmygpu.core.records import InstallRecord
 from ohmygpu.daemon.pull_wire import checked_reference, raising, to_status
-from ohmygpu.daemon.pulls import Pulls
+from ohmygpu.daemon.pulls import Pulls, Verifications
 from tests.daemon.fakes import install_model
 
 
@@ -32,6 +33,7 @@ class FakePull:
         *,
         name: str | None,
         recipe: str | None,
+        adapter: str | None,
         verify: bool,
         sink: EventSink,
         cancel: threading.Event,
@@ -175,6 +177,41 @@ async def test_shutdown_does_not_wait_for_a_pull_that_is_stuck(tmp_path: Path) -
     assert not watching.done()
     stuck.set()
     await watching
+
+
+async def test_a_measurement_is_shared_and_stops_when_the_last_watcher_leaves() -> None:
+    calls: list[str] = []
+    stopped = threading.Event()
+
+    def verify(name: str, *, sink: EventSink, cancel: threading.Event) -> dict[str, Fidelity]:
+        calls.append(name)
+        sink(Event("measure", done_bytes=1, total_bytes=2))
+        cancel.wait()
+        stopped.set()
+        raise Cancelled("cancelled")
+
+    verifications = Verifications(verify)
+    first, second = verifications.watch("org/m:q8"), verifications.watch("Org/m:q8")
+    await until(first, "measure")
+    await until(second, "measure")
+    await first.aclose()
+    assert not stopped.is_set()
+    await second.aclose()
+    assert await asyncio.to_thread(stopped.wait, 5)
+    assert calls == ["org/m:q8"]
+
+
+async def test_shutdown_cancels_a_measurement_and_tells_its_watcher() -> None:
+    def verify(name: str, *, sink: EventSink, cancel: threading.Event) -> dict[str, Fidelity]:
+        sink(Event("measure"))
+        cancel.wait()
+        raise Cancelled(f"the measurement of {name} was cancelled")
+
+    verifications = Verifications(verify)
+    watcher = verifications.watch("org/m:q8")
+    await until(watcher, "measure")
+    await verifications.shutdown(5)
+    assert isinstance((await until(watcher, "error")).error, Cancelled)
 
 
 def test_a_relative_path_means_nothing_to_the_daemon() -> None:

@@ -5,16 +5,20 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ohmygpu import __version__
-from ohmygpu.core.errors import DiskFull, OhMyGPUError
+from ohmygpu.core.errors import Conflict, DiskFull, OhMyGPUError
 from ohmygpu.core.events import Event, EventSink
+from ohmygpu.core.fidelity import Fidelity, save_fidelity
 from ohmygpu.core.records import InstallRecord
+from ohmygpu.core.repository import Repository
 from ohmygpu.daemon.app import create_app
+from tests.core.test_fidelity import FIDELITY
 from tests.daemon.fakes import END, Runtimes, install_model, make_services, settings_of
 
 CHAT = {"model": "org/m", "messages": [{"role": "user", "content": "hi"}]}
@@ -26,7 +30,9 @@ class Setup:
         self.record = install_model(home, "org/m")
         self.runtimes = Runtimes()
         self.pulled: list[tuple[str, str | None, str | None]] = []
-        self.services = make_services(settings_of(home), self.runtimes, self.pull)
+        self.adapters: list[str | None] = []
+        self.verifies: list[bool] = []  # of each pull
+        self.services = make_services(settings_of(home), self.runtimes, self.pull, self.verify)
         self.client = create_app(self.services).test_client()
 
     def pull(
@@ -35,11 +41,14 @@ class Setup:
         *,
         name: str | None,
         recipe: str | None,
+        adapter: str | None,
         verify: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:
         self.pulled.append((reference, name, recipe))
+        self.verifies.append(verify)
+        self.adapters.append(adapter)
         if reference == "org/refused":
             raise DiskFull("no space", needed_bytes=2, free_bytes=1)
         sink(Event("resolve", "looking"))
@@ -50,12 +59,22 @@ class Setup:
         sink(Event("done", name=record.name))
         return record
 
+    def verify(self, name: str, *, sink: EventSink, cancel: threading.Event) -> dict[str, Fidelity]:
+        if name == "org/freed:q8":
+            raise Conflict("its source file was freed", filename="a.gguf")
+        sink(Event("compile", done_bytes=5, total_bytes=5))
+        sink(Event("measure", done_bytes=5, total_bytes=10))
+        folder = Repository(self.home).compiled_path(self.record.compiled_key)
+        save_fidelity(folder, {"model.onnx": FIDELITY})
+        sink(Event("done", name=name))
+        return {"model.onnx": FIDELITY}
+
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         response = await self.client.post(path, json=body)
         return response.status_code, await response.get_json()
 
-    async def events(self, body: dict[str, Any]) -> list[Event]:
-        response = await self.client.post("/v1/models/pull", json=body)
+    async def events(self, body: dict[str, Any], action: str = "pull") -> list[Event]:
+        response = await self.client.post(f"/v1/models/{action}", json=body)
         assert response.status_code == 200
         assert response.content_type == "application/x-ndjson"
         return [Event.from_dict(json.loads(x)) for x in (await response.get_data()).splitlines()]
@@ -112,6 +131,12 @@ async def test_a_pull_without_stream_is_the_done_event(setup: Setup) -> None:
     assert (status, body["phase"], body["name"]) == (200, "done", "org/new")
 
 
+async def test_a_pull_passes_its_adapter_on(setup: Setup) -> None:
+    body = {"model": "org/new", "adapter": "org/lora", "stream": False}
+    assert (await setup.post("/v1/models/pull", body))[0] == 200
+    assert setup.adapters == ["org/lora"]
+
+
 async def test_a_pull_is_refused_before_it_starts_when_it_makes_no_sense(setup: Setup) -> None:
     for body in (
         {},
@@ -122,12 +147,45 @@ async def test_a_pull_is_refused_before_it_starts_when_it_makes_no_sense(setup: 
         {"model": "no such/name/here"},
         {"model": "org/new", "stream": "yes"},
         {"model": "org/new", "recipe": 4},
+        {"model": "org/new", "adapter": 4},
+        {"model": "org/new", "adapter": "./relative"},
         {"model": "org/new", "recipee": "q4"},
     ):
         status, answer = await setup.post("/v1/models/pull", body)
         assert status == 400, body
         assert OhMyGPUError.from_dict(answer["error"]).message
     assert setup.pulled == []
+
+
+async def test_a_pull_measures_when_it_is_asked_to(setup: Setup) -> None:
+    await setup.events({"model": "org/new", "verify": True})
+    await setup.events({"model": "org/new"})
+    assert setup.verifies == [True, False]
+    status, _ = await setup.post("/v1/models/pull", {"model": "org/new", "verify": "yes"})
+    assert status == 400
+
+
+async def test_a_measurement_streams_events_and_is_shown_with_the_model(setup: Setup) -> None:
+    async def details() -> Any:
+        return (await (await setup.client.get("/v1/models/org/m")).get_json())["ohmygpu"]
+
+    assert (await details())["fidelity"] == {}
+    events = await setup.events({"model": "ORG/m:latest"}, "verify")
+    assert [event.phase for event in events] == ["compile", "measure", "done"]
+    assert events[-1].name == "org/m:q8"
+    assert (await details())["fidelity"] == {"model.onnx": asdict(FIDELITY)}
+    status, body = await setup.post("/v1/models/verify", {"model": "org/m", "stream": False})
+    assert (status, body["phase"]) == (200, "done")
+
+
+async def test_a_measurement_that_cannot_be_made_says_why(setup: Setup) -> None:
+    install_model(setup.home, "org/freed")
+    status, body = await setup.post("/v1/models/verify", {"model": "org/freed"})
+    assert (status, body["error"]["code"]) == (409, "conflict")
+    assert body["error"]["details"] == {"filename": "a.gguf"}
+    assert (await setup.post("/v1/models/verify", {"model": "org/absent"}))[0] == 404
+    for wrong in ({}, {"model": 5}, {"model": "org/m", "recipe": "q4"}, {"model": "org/m", "x": 1}):
+        assert (await setup.post("/v1/models/verify", wrong))[0] == 400, wrong
 
 
 async def test_removing_unloads_the_model_and_tells_what_it_freed(setup: Setup) -> None:

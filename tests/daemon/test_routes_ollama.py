@@ -32,6 +32,7 @@ class Setup:
         *,
         name: str | None,
         recipe: str | None,
+        adapter: str | None,
         verify: bool,
         sink: EventSink,
         cancel: threading.Event,
