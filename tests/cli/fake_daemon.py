@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(200 if fake.status == "ok" else 503, fake.health())
         elif path == "/v1/chat/completions":
             self._chat(body)
-        elif path == "/v1/models/pull":
+        elif path in ("/v1/models/pull", "/v1/models/verify"):
             self._pull()
         elif path == "/v1/models/unload":
             name = fake.find(body["model"]).name
