@@ -7,7 +7,7 @@ lengths in place of a cache, and takes the last hidden states where the LM head 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +180,9 @@ class EmbeddingEmitter(Emitter):
         g, pooling, path = self.graph, self._embedder.pooling, "/pooling"
         axis = self._constant("pooling.axis", np.array([1], np.int64))
         if pooling == "cls":
-            return g.node(f"{path}/Gather", [hidden, self._constant("first", np.int64(0))], axis=1)
+            first = self._constant("pooling.first", np.array([0], np.int64))
+            vector = g.node(f"{path}/Gather", [hidden, first], axis=1)  # (B, 1, hidden)
+            return g.node(f"{path}/Squeeze", [vector, axis])
         if pooling == "max":
             real = self._is_real(f"{path}/real")
             last = self._constant("pooling.last", np.array([2], np.int64))
@@ -292,14 +294,15 @@ def write_embedding_graph(
     viewed = builder.view(config, named)
     decoder = config.decoder
     folders = [step.folder for step in embedder.steps if isinstance(step, Dense)]
-    with Graph(output) as graph:
+    with ExitStack() as stack:
+        graph = stack.enter_context(Graph(output))
         weights = Weights(viewed, graph, recipe, target, decoder.layers, progress)
+        stack.enter_context(closing(weights))
         dense = {folder: _open_dense(source, folder) for folder in folders}
-        with closing(weights):
-            emitter = EmbeddingEmitter(graph, weights, recipe, target, decoder, embedder, dense)
-            builder.build(config, emitter)
         for file in dense.values():
-            file.close()
+            stack.enter_context(closing(file))
+        emitter = EmbeddingEmitter(graph, weights, recipe, target, decoder, embedder, dense)
+        builder.build(config, emitter)
         graph.save(str(CONVERTER_VERSION))
         return decoder, graph.weights_bytes
 
