@@ -11,11 +11,10 @@ from typing import Any
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores
 from ohmygpu.convert.decoder import Decoder, Emitter
-from ohmygpu.convert.rope import Rope, read_rope
+from ohmygpu.convert.rope import Rope, read_rope, ropes_by_layer
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import FULL, SLIDING, read_windows
-from ohmygpu.core.errors import CorruptFile
 
 from . import gemma, gemma2, llama, qwen3
 
@@ -23,6 +22,7 @@ DEFAULTS: Mapping[str, Any] = {
     **gemma2.DEFAULTS,
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
+    "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "sliding_window_pattern": 6,
     "rope_theta": 1000000.0,
@@ -47,7 +47,8 @@ class Config:
     def read(config: Mapping[str, Any]) -> Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
         filled = {**DEFAULTS, **config, "mlp_bias": False}
-        everywhere, local = read_ropes(filled)
+        everywhere, local = ropes_by_layer(filled)
+        local["rope_theta"] = filled["rope_local_base_freq"]
         base = gemma2.read_base(everywhere)
         period = fields.integer(filled, "sliding_window_pattern", 6)
         layers = range(1, base.decoder.layers + 1)
@@ -59,27 +60,6 @@ class Config:
             logit_cap=gemma2.read_cap(filled, "final_logit_softcapping"),
         )
         return Config(config2, read_rope(local, base.decoder.head_dim))
-
-
-def read_ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config as the layers that see everything read it, and as the local layers do.
-
-    Newer configs have `rope_parameters` by type of layer; older ones `rope_theta` and
-    `rope_scaling` for the first, `rope_local_base_freq` for the second.
-    """
-    found = config.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise CorruptFile(
-            f"the model's config has rope_parameters = {found!r}; an object is needed"
-        )
-    scaling = config.get("rope_scaling") or {}
-    everywhere = {**(found.get(FULL) or {}), **scaling}
-    local = found.get(SLIDING) or {}
-    theta = config["rope_local_base_freq"]
-    return (
-        {**config, "rope_parameters": everywhere, "rope_scaling": None},
-        {**config, "rope_parameters": local, "rope_scaling": None, "rope_theta": theta},
-    )
 
 
 def weights(config: Config) -> dict[str, tuple[int, ...]]:

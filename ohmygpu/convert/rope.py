@@ -94,11 +94,31 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     return rope
 
 
+def ropes_by_layer(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config as layers of full attention read its RoPE, and as sliding layers do.
+
+    `rope_parameters` are given by type of layer; `rope_scaling`, in older configs, is for layers of
+    full attention alone. Raises CorruptFile when they are anything else than objects.
+    """
+    found, scaling = _object(config, "rope_parameters"), _object(config, "rope_scaling")
+    bare = {**config, "rope_scaling": None}
+    return (
+        bare | {"rope_parameters": {**_object(found, "full_attention"), **scaling}},
+        bare | {"rope_parameters": _object(found, "sliding_attention")},
+    )
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object of the config, empty when absent or null."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CorruptFile(f"the model's config has {key} = {found!r}; an object is needed")
+    return found
+
+
 def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of today's configs, filled up from the keys older ones used."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise CorruptFile(f"the model's config has rope_scaling = {found!r}; an object is needed")
+    found = _object(config, "rope_parameters") or _object(config, "rope_scaling")
     if any(isinstance(value, Mapping) for value in found.values()):
         raise UnsupportedModel("RoPE parameters that differ between layers have no implementation")
     parameters = {key: value for key, value in found.items() if value is not None}
