@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ from .checkpoint import read_checkpoint
 if TYPE_CHECKING:
     from .decoder import Decoder, Emitter
     from .source import Source
+
+_CLASS_ENDING = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")
 
 CONVERTER_VERSION = 1
 """Part of every compiled model's key: raise it when the same input compiles to other bytes."""
@@ -66,6 +69,9 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
     )
 }
 """`general.architecture` of a GGUF file → the module beside this one that translates it."""
+
+
+_UNREAD_LABELS = ("IQ1", "IQ2", "IQ3")
 
 
 class FamilyConfig(Protocol):
@@ -124,6 +130,7 @@ def check_supported(config: Mapping[str, Any], filenames: Iterable[str] = ()) ->
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     supported = supported_model_types()
+    _check_own_code(config)
     if model_type not in supported:
         shown = str(model_type or "unknown")
         if architectures:
@@ -139,6 +146,33 @@ def check_supported(config: Mapping[str, Any], filenames: Iterable[str] = ()) ->
         text_family(config)
     read_checkpoint(config)
     return found
+
+
+def _check_own_code(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel for a model class that is code in the repository (`auto_map`).
+
+    Repositories of models that transformers adopted since still point to their code; there the
+    class has the name that transformers gives it, and the code is not needed.
+    """
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, Mapping) or not any(
+        str(key).startswith("AutoModel") for key in auto_map
+    ):
+        return
+    model_type = str(config.get("model_type"))
+    classes = [str(entry) for entry in config.get("architectures") or []] or [str(auto_map)]
+    plain = _CLASS_ENDING.sub("", classes[0]).lower()
+    known = {model_type, ALIASES.get(model_type, model_type)}
+    known = {re.sub(r"_text$|[_-]", "", name).lower() for name in known}
+    if model_type in supported_model_types() and plain in known:
+        return
+    raise UnsupportedModel(
+        f"{classes[0][:120]} is code in the model's own repository (auto_map in config.json), and "
+        "code from repositories is never run; look for a version of this model that transformers "
+        f"knows by itself, or a GGUF file. Supported: {', '.join(supported_model_types())}",
+        model_type=model_type[:80],
+        supported=supported_model_types(),
+    )
 
 
 def text_family(config: Mapping[str, Any]) -> str:
@@ -190,6 +224,20 @@ def check_gguf_architecture(architecture: object, filename: str) -> str:
             supported=supported,
         )
     return module
+
+
+def check_gguf_label(label: str | None, filename: str) -> None:
+    """Raise UnsupportedModel when a file's name tells a quantisation that is not read.
+
+    The types IQ1 to IQ3 take their weights from tables of thousands of entries.
+    """
+    plain = (label or "").upper().removeprefix("UD-")
+    if plain.startswith(_UNREAD_LABELS):
+        raise UnsupportedModel(
+            f"{filename} is quantised as {plain[:20]}, and the types IQ1, IQ2 and IQ3 are not "
+            "read; pull another variant of this model, such as Q4_K_M or IQ4_XS",
+            quantization=plain[:20],
+        )
 
 
 def family(name: str) -> Family:

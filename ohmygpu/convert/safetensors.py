@@ -1,15 +1,14 @@
 """Reads SafeTensors files, strictly, and whole models made of them.
 
 Format: https://github.com/huggingface/safetensors#format, one file or several with an index. As
-the reference reader does, this one refuses a header above 100 MB, keys that appear twice, and
-tensors that overlap, leave holes or end before the file does.
+the reference reader does, this one refuses an overlong header, keys that appear twice, and tensors
+that overlap, leave holes or end before the file does.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.core.model_files import MAX_INDEX_BYTES
+from ohmygpu.core.safetensors_header import header_bytes, may_be_table
 
 from .source import (
     BlockLayout,
@@ -34,8 +35,8 @@ from .source import (
     read_whole,
 )
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_JSON_BYTES = 100_000_000  # config.json and the index
+MAX_JSON_BYTES = MAX_INDEX_BYTES  # config.json and the index
+MAX_DIMENSIONS = 64  # numpy's
 
 _DTYPES: dict[str, Any] = {
     "F64": "<f8",
@@ -130,12 +131,13 @@ class SafetensorsFile:
 
     def _parse(self, size: int) -> dict[str, _Stored]:
         start = self._file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise self._corrupt(f"its header claims {length} bytes of a file of {size}")
+        length = header_bytes(start, size)
+        if length is None:
+            claimed = int.from_bytes(start, "little")
+            raise self._corrupt(f"its header claims {claimed} bytes of a file of {size}")
         text = self._file.read(length)
-        if text[:1] != b"{":
-            raise self._corrupt("its header is not a JSON object")
+        if text[:1] != b"{" or not may_be_table(text):
+            raise self._corrupt("its header is not a JSON object with an entry for each tensor")
         header = _parse_json(text, self._corrupt, unique=True)
         header.pop("__metadata__", None)
         data_bytes = size - 8 - length
@@ -162,6 +164,8 @@ class SafetensorsFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
             raise self._corrupt(f"the shape or data_offsets of tensor {shown} are not numbers")
+        if len(shape) > MAX_DIMENSIONS:
+            raise self._corrupt(f"tensor {shown} has {len(shape)} dimensions")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise UnsupportedModel(
                 f"tensor {shown} of {self.name} has the data type {str(dtype)[:40]!r}; "

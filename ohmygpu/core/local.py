@@ -19,11 +19,13 @@ from .model_files import (
     Select,
     Selection,
     artifact_format,
+    parts_of,
     select_files,
 )
 from .provider import RemoteFile, Resolved
 from .records import Artifact
 from .refs import quant_label
+from .safetensors_header import header_bytes, may_be_table
 
 if TYPE_CHECKING:
     from .refs import ModelRef
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 _GGUF_HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
 _GGUF_VERSIONS = (2, 3)
-_MAX_HEADER_BYTES = 100_000_000  # of a SafeTensors file, as in its reference reader
 _REPORT_EVERY_S = 0.1
 
 
@@ -110,6 +111,7 @@ class LocalProvider:
                 param="model",
             )
         head = check_gguf(path)
+        parts = parts_of(path.name, lambda: _names_beside(path), str(path))
         label = quant_label(path.name)
         variant = label.lower() if label else None
         if ref.variant and ref.variant.lower() != variant:
@@ -122,7 +124,10 @@ class LocalProvider:
             variant=variant,
             default_variant=variant,
             revision=None,
-            files=(_local_file(path, path.name if _is_gguf(name) else path.name + ".gguf"),),
+            files=tuple(
+                _local_file(path.parent / part, part if _is_gguf(part) else part + ".gguf")
+                for part in parts
+            ),
             config=None,
             source_format="gguf",
             gguf_architecture=architecture_of(head),
@@ -202,14 +207,16 @@ def check_safetensors(path: Path) -> None:
     """Raise CorruptFile unless the size of `path` is exactly what its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        length = header_bytes(file.read(8), size)
+        if length is None:
             raise CorruptFile(
                 f"{path} is truncated or not a SafeTensors file; download it again",
                 filename=path.name,
             )
         header = file.read(length)
     try:
+        if not may_be_table(header):
+            raise ValueError
         tensors = json.loads(header)
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
         expected = 8 + length + max(ends, default=0)
@@ -223,6 +230,10 @@ def check_safetensors(path: Path) -> None:
             "download it again",
             filename=path.name,
         )
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [entry.name for entry in path.parent.iterdir()]
 
 
 def _is_gguf(name: str) -> bool:

@@ -18,6 +18,9 @@ from ohmygpu.core.errors import UnsupportedModel
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
+OWN_CODE = {"AutoModelForCausalLM": "modeling_mine.MyLlamaForCausalLM"}
+
+
 def test_the_files_of_the_package_are_the_support_matrix() -> None:
     folder = Path(__file__).parents[2] / "converters"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
@@ -42,14 +45,34 @@ def test_a_supported_config_gives_its_family() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("code_llama", "LlamaForCausalLM"),
+        ("phi3", "Phi3ForCausalLM"),
+        ("gpt_neox", "GPTNeoXForCausalLM"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    ],
+)
+def test_code_beside_a_model_that_is_known_by_itself_is_not_needed(
+    model_type: str, architecture: str
+) -> None:
+    config = {"model_type": model_type, "architectures": [architecture], "auto_map": OWN_CODE}
+    assert check_supported(config)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"gpt2 \(GPT2LMHeadModel\)"),
+        ({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}, r"rwkv \(RwkvForCausalLM\)"),
         ({"model_type": "mamba"}, "architecture mamba has no converter; supported: .*llama"),
         ({}, "architecture unknown has no converter"),
         ({"model_type": ["llama"]}, "has no converter"),
         ({"model_type": "__init__"}, "architecture __init__ has no converter"),
-        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "does not generate text"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "neither generates text"),
+        ({"model_type": "brumby", "auto_map": OWN_CODE}, "AutoModelForCausalLM.*never run"),
+        (LLAMA | {"architectures": ["MyLlamaForCausalLM"], "auto_map": OWN_CODE}, "never run"),
         (LLAMA | {"quantization_config": {"quant_method": "hqq"}}, r"not read \(hqq;.*GGUF"),
     ],
 )
