@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from ohmygpu.client import ChatOptions, Client
-from ohmygpu.runtime_api import FinishReason, Message, Usage
+from ohmygpu.client import ChatOptions, Client, ModelInfo
+from ohmygpu.runtime_api import Delta, FinishReason, Message, Usage
 
 from .output import is_terminal, note, write
 
@@ -42,14 +42,16 @@ class Answer:
         return ", ".join(parts)
 
 
-def print_answer(
-    client: Client,
-    model: str,
-    messages: Sequence[Message],
-    options: ChatOptions,
-    *,
-    show_waiting: bool = False,
-) -> Answer:
+def ask(
+    client: Client, model: ModelInfo, messages: Sequence[Message], options: ChatOptions
+) -> Generator[Delta, None, None]:
+    """The model's answer; one without a chat template goes on with the last message's text."""
+    if model.has_template:
+        return client.chat(model.name, messages, options)
+    return client.complete(model.name, messages[-1].content, options)
+
+
+def print_answer(pieces: Generator[Delta, None, None], *, show_waiting: bool = False) -> Answer:
     """Stream an answer to stdout; Ctrl-C stops it and keeps what was said."""
     answer = Answer()
     started = time.monotonic()
@@ -57,7 +59,7 @@ def print_answer(
     if waiting:
         _put(_WAITING)
     try:
-        with contextlib.closing(client.chat(model, messages, options)) as deltas:
+        with contextlib.closing(pieces) as deltas:
             for delta in deltas:
                 if delta.text and waiting:
                     waiting = _erase()

@@ -17,7 +17,7 @@ from ohmygpu.core.settings import load_settings
 from ohmygpu.runtime_api import Message, SamplingParams
 from ohmygpu.tui.line_editor import LineEditor
 
-from .answer import explain_end, print_answer
+from .answer import ask, explain_end, print_answer
 from .catalogue import Catalogue
 from .errors import INTERRUPTED
 from .model import pull_model
@@ -73,6 +73,7 @@ def chat(model: str, prompt: tuple[str, ...], **given: Any) -> None:
     With PROMPT, or with text on standard input, the answer alone goes to standard output. Both
     together ask about the text: `omg chat smollm2 "summarise this" < notes.txt`. Otherwise a
     conversation begins: /help lists its commands, Ctrl-C stops an answer, Ctrl-D ends the chat.
+    A model without a chat template continues the text it is given.
 
     The daemon must run: `omg serve -d` starts it.
     """
@@ -148,6 +149,10 @@ def _talk(
     home: Path,
 ) -> None:
     system = _text(given["system"] or "", "--system")
+    if system and not model.has_template:
+        raise InvalidRequest(
+            f"{model.name} has no chat template, so it only continues text: leave --system out"
+        )
     piped = None if _is_tty(sys.stdin) else _read_stdin()
     if piped is None and not prompt and _is_tty(sys.stdout):
         history = None if given["no_history"] else home / HISTORY_FILE
@@ -165,7 +170,7 @@ def _talk(
         raise InvalidRequest("there is nothing to ask: give a prompt, or text on standard input")
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", text))
-    answer = print_answer(client, model.name, messages, options)
+    answer = print_answer(ask(client, model, messages, options))
     explain_end(answer)
     if given["verbose"]:
         note(answer.summary())

@@ -12,7 +12,7 @@ from ohmygpu.core.errors import ContextLengthExceeded, InvalidRequest, OhMyGPUEr
 from ohmygpu.runtime_api import Message, SamplingParams
 from ohmygpu.tui.line_editor import QUOTES, LineEditor
 
-from .answer import Answer, explain_end, print_answer
+from .answer import Answer, ask, explain_end, print_answer
 from .errors import explain
 from .output import note
 
@@ -61,6 +61,8 @@ class Conversation:
     def loop(self, editor: LineEditor) -> None:
         """Read and answer until the user ends the chat."""
         note(f"{self._model.name}: type a message; /help lists what else you can do")
+        if not self._model.has_template:
+            note("it has no chat template: it continues each text you type, and remembers none")
         while True:
             try:
                 text = editor.read()
@@ -100,6 +102,8 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Send a message and print the answer; errors end the answer, not the chat."""
+        if not self._model.has_template:
+            self.turns.clear()
         self.turns.append(Message("user", text))
         try:
             answer = self._answer()
@@ -136,9 +140,8 @@ class Conversation:
 
     def _print(self, turns: list[Message]) -> Answer:
         system = [Message("system", self._system)] if self._system else []
-        return print_answer(
-            self._client, self._model.name, system + turns, self._options, show_waiting=True
-        )
+        pieces = ask(self._client, self._model, system + turns, self._options)
+        return print_answer(pieces, show_waiting=True)
 
     def _help(self, _: str) -> None:
         width = max(map(len, COMMANDS))
@@ -152,6 +155,9 @@ class Conversation:
         note("(the conversation is forgotten)")
 
     def _set_system(self, text: str) -> None:
+        if not self._model.has_template:
+            note("a model without a chat template takes no system message")
+            return
         if text:
             self._system = "" if text in _UNSET else text
         note(f"system: {self._system or '(none)'}")

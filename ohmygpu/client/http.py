@@ -14,8 +14,10 @@ from ohmygpu.runtime_api import Delta, Message
 from .nouns import Address, ChatOptions, Health, ModelInfo
 from .wire import (
     ChatDecoder,
+    CompletionDecoder,
     EventDecoder,
     chat_body,
+    completion_body,
     model_path,
     read_health,
     read_model,
@@ -130,9 +132,20 @@ class Client:
 
         The last Delta has `finish_reason` and `usage` (token counts only: times stay 0).
         """
-        decoder = ChatDecoder(self.address)
         body = chat_body(model, messages, options)
-        with self._stream("/v1/chat/completions", body) as response:
+        yield from self._deltas("/v1/chat/completions", body, ChatDecoder(self.address))
+
+    def complete(
+        self, model: str, prompt: str, options: ChatOptions | None = None
+    ) -> Generator[Delta, None, None]:
+        """How the model continues `prompt`, as of `chat`: for models without a chat template."""
+        body = completion_body(model, prompt, options)
+        yield from self._deltas("/api/generate", body, CompletionDecoder(self.address))
+
+    def _deltas(
+        self, path: str, body: dict[str, Any], decoder: ChatDecoder | CompletionDecoder
+    ) -> Generator[Delta, None, None]:
+        with self._stream(path, body) as response:
             for data in response.iter_raw():
                 yield from decoder.feed(data)
                 if decoder.finished:

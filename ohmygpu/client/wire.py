@@ -45,6 +45,14 @@ def chat_body(
     }
 
 
+def completion_body(model: str, prompt: str, options: ChatOptions | None) -> dict[str, Any]:
+    """A streaming request of Ollama's generate API: `prompt` goes on as it is."""
+    given = (options or ChatOptions()).to_dict()
+    if "max_tokens" in given:
+        given["num_predict"] = given.pop("max_tokens")
+    return {"model": model, "prompt": prompt, "raw": True, "stream": True, "options": given}
+
+
 def _set_fields(message: Message) -> dict[str, Any]:
     return {key: value for key, value in asdict(message).items() if value is not None}
 
@@ -59,6 +67,8 @@ def read_reply(address: Address, status: int, content: bytes) -> dict[str, Any]:
         return data
     if isinstance(data, dict) and isinstance(data.get("error"), dict):
         raise error_from_wire(data["error"])
+    if isinstance(data, dict) and isinstance(data.get("error"), str):  # as Ollama's API has it
+        raise OhMyGPUError(data["error"])
     raise NotTheDaemon(
         f"what listens at {address} answered {status} in a way that the daemon never does;"
         " is another program using its port?",
@@ -190,6 +200,31 @@ class ChatDecoder(_Decoder):
         if finish is not None:
             self._finish = finish
         return Delta(text=text) if text else None
+
+
+class CompletionDecoder(_Decoder):
+    """NDJSON of a streamed /api/generate → Deltas."""
+
+    def feed(self, data: bytes) -> Iterable[Delta]:
+        """Deltas completed by `data`; raises the error that the daemon reports in the stream."""
+        for line in self._lines.feed(data):
+            entry = self._json(line)
+            if "error" in entry:
+                raise OhMyGPUError(str(entry["error"]))
+            text, self.finished = str(entry.get("response") or ""), bool(entry.get("done"))
+            if not self.finished:
+                yield Delta(text=text)
+                continue
+            try:
+                reason = FinishReason(entry["done_reason"])
+            except (KeyError, ValueError) as error:
+                raise garbled(self.address) from error
+            usage = Usage(
+                prompt_tokens=int(entry.get("prompt_eval_count", 0)),
+                completion_tokens=int(entry.get("eval_count", 0)),
+                cached_tokens=int(entry.get("prompt_eval_cached_count", 0)),
+            )
+            yield Delta(text=text, finish_reason=reason, usage=usage)
 
 
 def _usage(data: Mapping[str, Any]) -> Usage:

@@ -79,6 +79,10 @@ class FakeDaemon:
         """Bodies of the chat requests so far."""
         return [body for _, path, body in self.requests if path == "/v1/chat/completions"]
 
+    def completions(self) -> list[Any]:
+        """Bodies of the requests to continue a text so far."""
+        return [body for _, path, body in self.requests if path == "/api/generate"]
+
     def paths(self) -> list[str]:
         """Method and path of all requests but health."""
         return [f"{verb} {path}" for verb, path, _ in self.requests if path != "/health"]
@@ -148,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(200 if fake.status == "ok" else 503, fake.health())
         elif path == "/v1/chat/completions":
             self._chat(body)
+        elif path == "/api/generate":
+            self._generate(body)
         elif path in ("/v1/models/pull", "/v1/models/verify"):
             self._pull()
         elif path == "/v1/models/unload":
@@ -188,6 +194,24 @@ class _Handler(BaseHTTPRequestHandler):
             usage = {"prompt_tokens": 7, "completion_tokens": len(answer.pieces), "total_tokens": 9}
             self._event({**_chunk(body["model"], {}), "choices": [], "usage": usage})
             self._chunk(b"data: [DONE]\n\n")
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        answer = self.fake.answers.popleft()
+        if answer.refusal is not None:
+            self._json(answer.status, {"error": answer.refusal.message})
+            return
+        with self._stream("application/x-ndjson"):
+            for piece in answer.pieces:
+                entry = {"model": body["model"], "response": piece, "done": False}
+                self._chunk(json.dumps(entry).encode() + b"\n")
+            if answer.error is not None:
+                self._chunk(json.dumps({"error": answer.error.message}).encode() + b"\n")
+                return
+            if answer.cut:
+                return
+            last = {"response": "", "done": True, "done_reason": answer.finish}
+            last |= {"prompt_eval_count": 7, "eval_count": len(answer.pieces)}
+            self._chunk(json.dumps(last).encode() + b"\n")
 
     def _hold(self, answer: Answer) -> None:
         """Wait until the test goes on or the client leaves."""

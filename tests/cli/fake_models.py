@@ -45,14 +45,17 @@ COMPILED = CompiledModel(
 )
 
 
-def install_fake(home: Path, name: str = "org/tiny", **changes: Any) -> ModelInfo:
+def install_fake(
+    home: Path, name: str = "org/tiny", *, has_template: bool = True, **changes: Any
+) -> ModelInfo:
     """Put a model into the store below `home`; `changes` are fields of its record."""
     repository = Repository(home)
     variant = str(changes.get("variant", "q8"))
     key = hashlib.sha256(f"{name}:{variant}".encode()).hexdigest()
     folder = repository.new_compiled()
     (folder / GRAPH_FILE).write_bytes(b"graph")
-    (folder / TEMPLATE_FILE).write_text("{{ messages }}", encoding="utf-8")
+    if has_template:
+        (folder / TEMPLATE_FILE).write_text("{{ messages }}", encoding="utf-8")
     COMPILED.save(folder)
     repository.commit_compiled(folder, key)
     record = InstallRecord(
@@ -71,4 +74,6 @@ def install_fake(home: Path, name: str = "org/tiny", **changes: Any) -> ModelInf
     )
     stored = repository.write_record(replace(record, **changes))
     location = str(repository.compiled_path(key))
-    return ModelInfo.from_disk(stored, COMPILED, has_template=True, location=location, problem=None)
+    return ModelInfo.from_disk(
+        stored, COMPILED, has_template=has_template, location=location, problem=None
+    )

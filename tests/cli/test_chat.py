@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,3 +188,53 @@ def test_run_of_a_name_that_is_nothing_suggests_installed_ones_and_short_names(
     assert result.code == 3
     assert "smolly" in result.stderr
     assert "smollm" in result.stderr
+
+
+def test_a_model_without_a_chat_template_continues_the_prompt(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    install_fake(home, "org/base", has_template=False)
+    fake_daemon.enqueue(" a", " time", finish="length")
+    result = omg("chat", "org/base", "Once upon", "--max-tokens", "2", "--stop", "x", "--verbose")
+    assert (result.code, result.stdout) == (0, " a time\n")
+    assert "cut off" in result.stderr
+    assert "prompt 7 tokens" in result.stderr
+    assert fake_daemon.completions() == [
+        {
+            "model": "org/base",
+            "prompt": "Once upon",
+            "raw": True,
+            "stream": True,
+            "options": {"num_predict": 2, "stop": ["x"]},
+        }
+    ]
+    assert fake_daemon.chats() == []
+
+
+def test_a_model_without_a_chat_template_takes_no_system_message(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg
+) -> None:
+    install_fake(home, "org/base", has_template=False)
+    result = omg("chat", "org/base", "hi", "--system", "Be brief.")
+    assert result.code != 0
+    assert "no chat template" in result.stderr
+    assert fake_daemon.completions() == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ({"refusal": RuntimeFailure("too long")}, "too long"),
+        ({"error": RuntimeFailure("the worker died")}, "the worker died"),
+        ({"cut": True}, "went away before it had finished"),
+    ],
+)
+def test_trouble_while_a_text_is_continued_is_one_sentence(
+    home: Path, fake_daemon: FakeDaemon, omg: Omg, trouble: dict[str, Any], sentence: str
+) -> None:
+    install_fake(home, "org/base", has_template=False)
+    fake_daemon.enqueue("a", **trouble)
+    result = omg("chat", "org/base", "hi")
+    assert result.code != 0
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr

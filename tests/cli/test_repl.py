@@ -226,3 +226,26 @@ def test_ctrl_c_during_a_pull_leaves_the_daemon_and_says_how_to_go_on(daemon: Fa
         assert screen.exit_code() == 130
     assert daemon.client_left.wait(10)
     assert "Traceback" not in screen.text
+
+
+def test_a_model_without_a_chat_template_continues_each_text_alone(
+    home: Path, fake_daemon: FakeDaemon
+) -> None:
+    install_fake(home, "org/base", has_template=False)
+    fake_daemon.enqueue(" a time")
+    fake_daemon.enqueue(" far away")
+    with Terminal("chat", "org/base") as screen:
+        screen.wait_for("it continues each text you type")
+        screen.wait_for(READY)
+        screen.type("Once upon\r")
+        screen.wait_for("a time")
+        screen.wait_for(READY)
+        screen.type("/system Be brief.\r")
+        screen.wait_for("takes no system message")
+        screen.wait_for(READY)
+        screen.type("In a land\r")
+        screen.wait_for("far away")
+        screen.wait_for(READY)
+        screen.type(CTRL_D)
+        assert screen.exit_code() == 0
+    assert [body["prompt"] for body in fake_daemon.completions()] == ["Once upon", "In a land"]
