@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .core.errors import InvalidRequest
 from .core.manifests import source_of_reference
 from .core.model_files import check_tokenizer
-from .core.refs import ModelRef, check_name
+from .core.refs import ModelRef, check_name, quant_label
 from .core.settings import Settings
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     )
     if resolved.gguf_architecture is not None:
         family.check_gguf_architecture(resolved.gguf_architecture, filenames[0])
+    if resolved.source_format == "gguf":
+        family.check_gguf_label(quant_label(filenames[0]), filenames[0])
     if resolved.source_format == "safetensors":
         check_tokenizer(filenames, resolved.display_name)
     target = hardware.target(settings.engine.execution_provider)

@@ -234,6 +234,21 @@ def test_the_configured_recipe_is_the_default(
     assert do_pull("org/safe", recipe="f32").recipe == "f32"
 
 
+def test_the_record_says_why_the_recipe_was_chosen_and_on_what_machine(
+    fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "describe", lambda: "riscv64, 3 cores")
+    fake.content, fake.config = SAFETENSORS, {"model_type": "llama"}
+    machine = " (compiled for cpu on riscv64, 3 cores)"
+    default = do_pull("org/safe").recipe_reason
+    assert default == f"the default: {recipes.explain('q8', 0)}{machine}"
+    assert do_pull("org/safe:q4").recipe_reason == f"asked for, as org/safe:q4{machine}"
+    asked = do_pull("org/safe", recipe="f32").recipe_reason
+    assert asked == f"asked for, with --recipe{machine}"
+    monkeypatch.setenv("OHMYGPU_MODELS_RECIPE", "q4")
+    assert do_pull("org/other").recipe_reason == f"the setting models.recipe{machine}"
+
+
 @pytest.mark.parametrize(
     ("reference", "recipe", "message"),
     [
@@ -306,6 +321,13 @@ def test_weights_without_a_tokenizer_are_refused_before_the_download(fake: FakeP
 def test_a_gguf_of_another_architecture_is_refused_before_the_download(fake: FakeProvider) -> None:
     fake.gguf_architecture = "quantum"
     with pytest.raises(UnsupportedModel, match=r"tiny.Q4_1.gguf.*quantum.*llama"):
+        do_pull()
+    assert fake.fetches == 0
+
+
+def test_a_gguf_of_unread_block_types_is_refused_before_the_download(fake: FakeProvider) -> None:
+    fake.content = {"tiny-UD-IQ2_XXS.gguf": b"GGUF"}
+    with pytest.raises(UnsupportedModel, match=r"tiny-UD-IQ2_XXS.gguf is quantised as IQ2_XXS"):
         do_pull()
     assert fake.fetches == 0
 

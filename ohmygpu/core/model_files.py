@@ -207,6 +207,21 @@ def _check_complete(shards: Collection[str], where: str) -> None:
         raise CorruptFile(f"{where} lacks part {missing[0]} of {matches[0]['stem']}")
 
 
+def parts_of(name: str, names: Callable[[], Collection[str]], where: str) -> list[str]:
+    """The file `name`, or all parts of the split file it is a part of, from the folder's `names`.
+
+    Raises CorruptFile, naming it, for a part that is not among them.
+    """
+    part = _SHARD.fullmatch(name)
+    if part is None:
+        return [name]
+    matches = (_SHARD.fullmatch(other) for other in sorted(names()))
+    same = [m for m in matches if m and (m["stem"], m["count"]) == (part["stem"], part["count"])]
+    parts = [m.string for m in same if m.string.endswith(name.rpartition(".")[2])]
+    _check_complete(parts, where)
+    return parts
+
+
 def _gguf_variants(names: Collection[str]) -> dict[str, list[str]]:
     """File stem (without folder and shard number) → its file or its shards, in order."""
     found: dict[str, list[str]] = {}

@@ -87,6 +87,17 @@ def test_a_gguf_file_needs_no_ending(tmp_path: Path, home: Path) -> None:
     assert fetch(resolved, home)[0].filename == "sha256-abc.gguf"
 
 
+def test_one_part_of_a_split_gguf_stands_for_all_of_them(tmp_path: Path, home: Path) -> None:
+    parts = [f"m-Q4_0-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    folder = write(tmp_path, {**dict.fromkeys(parts, GGUF), "m-Q4_0-00001-of-00002.gguf": GGUF})
+    for part in parts:
+        assert [file.filename for file in resolve(folder / part).files] == parts
+    assert resolve(folder / parts[1]).variant == "q4_0"
+    (folder / parts[2]).unlink()
+    with pytest.raises(CorruptFile, match=r"m-Q4_0-00001-of-00003\.gguf lacks part 3 of m-Q4_0"):
+        resolve(folder / parts[0])
+
+
 def test_a_folder_gives_weights_config_and_tokenizer(tmp_path: Path, home: Path) -> None:
     unneeded = {"README.md": b"", "pytorch_model.bin": b"x", ".cache/x.json": b"{}"}
     folder = write(tmp_path / "my model", FOLDER | unneeded)
