@@ -11,7 +11,7 @@ post-processor.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def read_tokenizer_files(files: Mapping[str, Path], config: dict[str, Any]) -> T
     _add_missing_tokens(tokenizer, _listed_tokens(files, settings), vocab_size)
     bos = _special_id(tokenizer, "bos", special, config, generation)
     eos = _special_id(tokenizer, "eos", special, config, generation)
+    _mark_special(tokenizer, special, [bos, eos])
     if isinstance(settings.get("add_bos_token"), bool) or isinstance(
         settings.get("add_eos_token"), bool
     ):
@@ -177,6 +178,23 @@ def _add_missing_tokens(
                 f"the added token {content[:80]!r} should be number {number} and would be "
                 f"{tokenizer.token_to_id(content)}; pull the model again"
             )
+
+
+def _mark_special(tokenizer: Tokenizer, special: dict[str, Any], ids: Sequence[int | None]) -> None:
+    """Make the tokens that settings name whole and special, where the tokenizer has them."""
+    named = [value for key, value in special.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = special.get(key)
+        named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+    texts += [tokenizer.id_to_token(number) for number in ids if number is not None]
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    missing = {
+        text: AddedToken(text, normalized=False)
+        for text in texts
+        if isinstance(text, str) and text not in present and tokenizer.token_to_id(text) is not None
+    }
+    tokenizer.add_special_tokens(list(missing.values()))
 
 
 def _special_id(

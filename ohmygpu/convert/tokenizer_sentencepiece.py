@@ -27,7 +27,7 @@ from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces, the same numbers in SentencePiece and in GGUF."""
 
-_SPACE = "▁"
+SPACE = "▁"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _MAX_MODEL_BYTES = 64 << 20
 
@@ -81,15 +81,15 @@ def build_sentencepiece(
         if steps:
             tokenizer.normalizer = normalizers.Sequence(steps)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=_SPACE,
+            replacement=SPACE,
             prepend_scheme="first" if add_space_prefix else "never",
             split=False,
         )
     else:
         if add_space_prefix:
-            steps.append(normalizers.Prepend(_SPACE))
-        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    decoding = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+            steps.append(normalizers.Prepend(SPACE))
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if add_space_prefix:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
@@ -128,6 +128,14 @@ def charsmap_normalizer(charsmap: bytes) -> normalizers.Normalizer:
         ) from error
 
 
+def single_spaces() -> list[normalizers.Normalizer]:
+    """Steps of `remove_extra_whitespaces`: join runs of spaces, take away those at the ends."""
+    return [
+        normalizers.Replace(Regex(r"\A +| +\z"), ""),
+        normalizers.Replace(Regex(" {2,}"), " "),
+    ]
+
+
 def read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a `tokenizer.model` file with the settings of tokenizer_config.json.
 
@@ -151,7 +159,6 @@ def read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
             charsmap=normalizer.precompiled_charsmap,
             add_space_prefix=add_space_prefix,
             one_space=normalizer.remove_extra_whitespaces,
-            words=trainer.split_by_whitespace,
         )
     if trainer.model_type != _BPE:
         raise UnsupportedModel(
@@ -162,7 +169,7 @@ def read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     if normalizer.precompiled_charsmap:
         rewriting.append(charsmap_normalizer(normalizer.precompiled_charsmap))
     if normalizer.remove_extra_whitespaces:
-        rewriting += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        rewriting += single_spaces()
     return build_sentencepiece(
         pieces,
         add_space_prefix=add_space_prefix,

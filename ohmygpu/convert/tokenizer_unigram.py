@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from ohmygpu.core.errors import CorruptFile
 
 from .tokenizer_sentencepiece import (
     BYTE,
     NORMAL,
+    SPACE,
     UNKNOWN,
     Piece,
     add_marked_tokens,
     charsmap_normalizer,
+    single_spaces,
 )
 
-_SPACE = "▁"
 _NEVER = -1e9  # below the score of any text
 
 
@@ -33,12 +34,11 @@ def build_unigram(
     charsmap: bytes = b"",
     add_space_prefix: bool = True,
     one_space: bool = True,
-    words: bool = True,
 ) -> Tokenizer:
     """A tokenizer that cuts text as SentencePiece's unigram model does with these pieces.
 
-    `charsmap` rewrites characters first; `one_space` joins runs of spaces and strips the ends;
-    `words` says that no piece reaches over a space. Raises CorruptFile.
+    `charsmap` rewrites characters first; `one_space` joins runs of spaces and strips the ends.
+    Raises CorruptFile.
     """
     if unknown_id is None:
         kinds = [piece.kind for piece in pieces]
@@ -47,29 +47,23 @@ def build_unigram(
     worst = min((piece.score for piece in pieces if piece.kind == NORMAL), default=None)
     if worst is None:
         raise CorruptFile("the tokenizer has no ordinary token; pull the model again")
-    # the others are found by name, never by score
-    least = {BYTE: _NEVER}
-    vocab = [
-        (piece.text, piece.score if piece.kind == NORMAL else least.get(piece.kind, worst))
-        for piece in pieces
-    ]
+    vocab = [(piece.text, _score(piece, worst)) for piece in pieces]
     if len({text for text, _ in vocab}) != len(vocab):
         raise CorruptFile("the tokenizer has the same token twice; pull the model again")
     tokenizer = Tokenizer(models.Unigram(vocab, unknown_id, has_bytes))
     steps: list[normalizers.Normalizer] = [charsmap_normalizer(charsmap)] if charsmap else []
-    if one_space:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if steps:
-        tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE,
-        prepend_scheme="always" if add_space_prefix else "never",
-        split=words,
-    )
-    decoding: list[decoders.Decoder] = [decoders.Replace(_SPACE, " ")]
-    decoding += [decoders.ByteFallback()] if has_bytes else []
-    decoding += [decoders.Fuse()]
+    steps += single_spaces() if one_space else []
+    steps += [normalizers.Prepend(SPACE)] if add_space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     decoding += [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
     tokenizer.decoder = decoders.Sequence(decoding)
     add_marked_tokens(tokenizer, pieces)
     return tokenizer
+
+
+def _score(piece: Piece, worst: float) -> float:
+    """The score a piece is chosen by; those that are no text are found by name instead."""
+    if piece.kind == NORMAL:
+        return piece.score
+    return _NEVER if piece.kind == BYTE else worst
