@@ -260,6 +260,28 @@ def _mxfp4(blocks: Bytes) -> Decoded:
     return Decoded(_flat(blocks, _TWICE_E2M1[_nibbles(blocks[..., 1:])]), scale, None)
 
 
+def _trits(packed: Bytes, count: int) -> Bytes:
+    """(…, n) bytes → (…, count * n) digits 0, 1, 2: the first digit of all bytes, the second, …
+
+    A byte holds its digits as a fraction of 256, the first one highest: multiplied by 3**i in a
+    byte, the i-th is in front, and times 3 it is what carries into the next byte.
+    """
+    shifted = packed[..., None, :] * np.array([1, 3, 9, 27, 81], np.uint8)[:count, None]
+    digits = (shifted.astype(np.uint16) * np.uint16(3)) >> np.uint16(8)
+    return digits.astype(np.uint8).reshape(*packed.shape[:-1], -1)
+
+
+def _tq1_0(blocks: Bytes) -> Decoded:
+    parts = [
+        _trits(blocks[..., :32], 5),
+        _trits(blocks[..., 32:48], 5),
+        _trits(blocks[..., 48:52], 4),
+    ]
+    value = np.concatenate(parts, axis=-1)
+    scale = np.repeat(_half(blocks, 52), _SUPER // 64, axis=-1)
+    return Decoded(_flat(blocks, value - np.uint8(1)), scale, None)
+
+
 def _tq2_0(blocks: Bytes) -> Decoded:
     value = _two_bits(blocks[..., :64])
     if (value == 3).any():
@@ -284,6 +306,7 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("IQ4_NL", 32, 18, 8, 32, 128, False, _iq4_nl),
         BlockType("IQ4_XS", _SUPER, 136, 8, 32, 128, False, _iq4_xs),
         BlockType("MXFP4", 32, 17, 8, 32, 128, False, _mxfp4),
+        BlockType("TQ1_0", _SUPER, 54, 2, 64, 2, False, _tq1_0),
         BlockType("TQ2_0", _SUPER, 66, 2, 64, 2, False, _tq2_0),
     )
 }

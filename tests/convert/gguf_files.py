@@ -17,7 +17,8 @@ KINDS = [2, 3, 3, *[6] * 256, 1, 1, 1]
 
 SCALE_OFFSETS = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)}
 SCALE_OFFSETS |= {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-SCALE_OFFSETS |= {"IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (), "TQ2_0": (64,)}
+SCALE_OFFSETS |= {"IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (), "TQ1_0": (52,)}
+SCALE_OFFSETS |= {"TQ2_0": (64,)}
 """Where each block type keeps its float16 scales."""
 
 
