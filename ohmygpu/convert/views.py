@@ -7,7 +7,7 @@ matrix for q, k and v; heads interleaved; a prefix before every name) describes 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .decoder import Decoder
 from .source import (
     BlockLayout,
     Float32,
@@ -118,8 +119,28 @@ class ViewedSource:
 
     def _info(self, name: str, view: View) -> TensorInfo:
         info = self._source.tensors[view.of]
-        rows = info.shape[0] if view.rows is None else len(view.rows)
-        return TensorInfo(name, (rows, *info.shape[1:]), info.dtype)
+        shape = info.shape if view.rows is None else (len(view.rows), *info.shape[1:])
+        return TensorInfo(name, shape, info.dtype)
+
+
+def neighbours_apart(names: Iterable[str], decoder: Decoder, rotary_dim: int) -> dict[str, View]:
+    """Views of all `names`, with the rows of q_proj and k_proj in the order RoPE over halves wants.
+
+    For models whose RoPE turns element 2i of a head with 2i + 1 (GPT-J's way): in each head the
+    even ones of the first `rotary_dim` elements come first, then the odd ones, then the others.
+    Scores are sums over a head's elements and do not change.
+    """
+    turned = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
+    head = np.concatenate([turned, np.arange(rotary_dim, decoder.head_dim)])
+
+    def rows(heads: int) -> NDArray[np.int64]:
+        return (np.arange(heads)[:, None] * decoder.head_dim + head).reshape(-1)
+
+    orders = {".q_proj.": rows(decoder.heads), ".k_proj.": rows(decoder.kv_heads)}
+    return {
+        name: View(name, next((orders[part] for part in orders if part in name), None))
+        for name in names
+    }
 
 
 def with_class_prefix(source: Source, expected: Collection[str]) -> Source:
