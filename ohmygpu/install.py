@@ -31,7 +31,7 @@ from .core.refs import ModelRef, check_name
 from .core.repository import GcReport, Removed, Repository
 from .core.settings import Settings
 from .plan import Plan, compiled_estimate_bytes, make_plan
-from .verify import is_measured, measure
+from .verify import check_sources, is_measured, measure
 
 if TYPE_CHECKING:
     from .core.provider import Provider
@@ -170,12 +170,12 @@ def _install(
         if not repository.has_compiled(draft.compiled_key):
             _stop_if(cancel)
             try:
-                _verify(repository, artifacts, sink, cancel)
+                check_sources(repository, artifacts, sink, cancel)
             except CorruptFile:  # a damaged blob is gone now: once more from its provider
                 fetched = provider.fetch(plan.resolved, repository, sink, cancel)
                 if fetched != artifacts:
                     raise
-                _verify(repository, artifacts, sink, cancel)
+                check_sources(repository, artifacts, sink, cancel)
             _stop_if(cancel)
             _compile(repository, draft, plan, sink, cancel)
     folder = repository.compiled_path(draft.compiled_key)
@@ -224,34 +224,6 @@ def _commit(repository: Repository, record: InstallRecord) -> InstallRecord:
             if replace(record, installed_at=other.installed_at) == other:
                 return other
     return repository.write_record(record)
-
-
-def _verify(
-    repository: Repository,
-    artifacts: tuple[Artifact, ...],
-    sink: EventSink,
-    cancel: threading.Event,
-) -> None:
-    """Check the blobs that this pull did not store itself. Raises CorruptFile, Cancelled."""
-    total = sum(artifact.size for artifact in artifacts)
-    done = 0
-    for artifact in artifacts:
-
-        def progress(count: int, artifact: Artifact = artifact) -> None:
-            nonlocal done
-            done += count
-            sink(
-                Event(
-                    "verify",
-                    f"checking {artifact.filename}",
-                    done_bytes=min(done, total),
-                    total_bytes=total,
-                    file=artifact.filename,
-                    sha256=artifact.sha256,
-                )
-            )
-
-        repository.check_blob(artifact, progress, cancel)
 
 
 def _compile(

@@ -14,7 +14,7 @@ from .core.errors import Conflict, CorruptFile, InvalidRequest
 from .core.events import Event, EventSink
 from .core.fidelity import TEXT_VERSION, Fidelity, graph_files, load_fidelity, save_fidelity
 from .core.job import Words, run_job
-from .core.records import CompiledModel, InstallRecord
+from .core.records import Artifact, CompiledModel, InstallRecord
 from .core.repository import Repository
 from .core.settings import Settings
 
@@ -38,11 +38,11 @@ def verify(
 ) -> dict[str, Fidelity]:
     """Measure the installed model `name` anew; graph's file name → Fidelity.
 
-    Blocks until done; `sink` receives `compile` (the float32 reference) and `measure` events on
-    this thread and, when all went well, `done`. Setting `cancel` ends it with Cancelled at once,
-    with nothing left behind. Raises ModelNotFound; Conflict when the source files are gone;
-    InvalidRequest for a model of vectors; DiskFull with both numbers; and what compiling and
-    running raise.
+    Blocks until done; `sink` receives `verify`, `compile` (the float32 reference) and `measure`
+    events on this thread and, when all went well, `done`. Setting `cancel` ends it with Cancelled
+    at once, with nothing left behind. Raises ModelNotFound; Conflict when the source files are
+    gone; CorruptFile when they are damaged; InvalidRequest for a model of vectors; DiskFull with
+    both numbers; and what compiling and running raise.
     """
     repository = Repository(settings.home)
     record = repository.find(name)
@@ -93,6 +93,7 @@ def measure(
             found = _compare(folder, folder, compiled, record, settings, sink, cancel)
         else:
             sources = _sources(repository, record)
+            check_sources(repository, record.artifacts, sink, cancel)
             needed = compiled.parameters * _FLOAT_BYTES + _BESIDE_WEIGHTS_BYTES
             repository.check_space(
                 needed, f"the float32 copy that {record.full_name} is measured against"
@@ -107,6 +108,37 @@ def measure(
     return found
 
 
+def check_sources(
+    repository: Repository,
+    artifacts: tuple[Artifact, ...],
+    sink: EventSink,
+    cancel: threading.Event,
+) -> None:
+    """Read the blobs that this repository object did not store itself.
+
+    Raises CorruptFile for one that is damaged, which is gone then; Cancelled.
+    """
+    total = sum(artifact.size for artifact in artifacts)
+    done = 0
+    for artifact in artifacts:
+
+        def progress(count: int, artifact: Artifact = artifact) -> None:
+            nonlocal done
+            done += count
+            sink(
+                Event(
+                    "verify",
+                    f"checking {artifact.filename}",
+                    done_bytes=min(done, total),
+                    total_bytes=total,
+                    file=artifact.filename,
+                    sha256=artifact.sha256,
+                )
+            )
+
+        repository.check_blob(artifact, progress, cancel)
+
+
 def _sources(repository: Repository, record: InstallRecord) -> dict[str, Path]:
     """The source files by name. Raises Conflict when they are not there any more."""
     for artifact in record.artifacts:
@@ -114,12 +146,22 @@ def _sources(repository: Repository, record: InstallRecord) -> dict[str, Path]:
             raise Conflict(
                 f"{record.full_name} cannot be measured: its source file {artifact.filename} was "
                 "freed (omg model gc --sources, or models.keep_source = false); fetch it again "
-                f"with `omg model pull {record.source_ref} --verify`",
+                f"with `{_pull_command(record)} --verify`",
                 filename=artifact.filename,
             )
     return {
         artifact.filename: repository.blob_path(artifact.sha256) for artifact in record.artifacts
     }
+
+
+def _pull_command(record: InstallRecord) -> str:
+    """What to type to pull the same model once more."""
+    words = ["omg model pull", record.source_ref, "--recipe", record.recipe]
+    if record.name.lower() not in record.source_ref.lower():
+        words += ["--name", record.name]
+    if record.adapter is not None:
+        words += ["--adapter", record.adapter.source_ref]
+    return " ".join(words)
 
 
 def _compile_reference(

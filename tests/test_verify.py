@@ -118,7 +118,7 @@ def test_a_model_is_measured_against_its_source_in_float32(
     assert load_fidelity(folder) == {"model.onnx": FIDELITY}
     assert log(tmp_path) == ["fetch", "compile", "compile", "measure model.onnx f32 cpu"]
     phases = list(dict.fromkeys(event.phase for event in events))
-    assert phases == ["compile", "measure", "done"]
+    assert phases == ["verify", "compile", "measure", "done"]
     assert events[-1].name == "Org/Tiny-GGUF"
     assert any("float32" in event.message and "temporary" in event.message for event in events)
     assert (events[-2].done_bytes, events[-2].total_bytes) == (1, 2)
@@ -174,10 +174,26 @@ def test_sources_that_were_freed_are_named_and_fetched_again_by_a_pull(
     store: Repository, folder: Path, fake: FakeProvider
 ) -> None:
     collect_garbage(load_settings(), sources=True)
-    with pytest.raises(Conflict, match=r"tiny.Q4_1.gguf was freed.*omg model pull .* --verify"):
+    with pytest.raises(
+        Conflict,
+        match=r"tiny\.Q4_1\.gguf was freed.*omg model pull Org/Tiny-GGUF --recipe exact --verify",
+    ):
         do_verify()
     assert load_fidelity(folder) == {}
     assert do_pull(verify=True) == store.find(NAME)
+    assert load_fidelity(folder) == {"model.onnx": FIDELITY}
+    assert fake.fetches == 2
+
+
+def test_a_source_that_was_damaged_on_the_disk_is_not_measured_against(
+    store: Repository, folder: Path, fake: FakeProvider
+) -> None:
+    (blob,) = store.blobs_dir.iterdir()
+    blob.write_bytes(b"x" * blob.stat().st_size)
+    with pytest.raises(CorruptFile, match="damaged on the disk"):
+        do_verify()
+    assert load_fidelity(folder) == {}
+    do_pull(verify=True)
     assert load_fidelity(folder) == {"model.onnx": FIDELITY}
     assert fake.fetches == 2
 

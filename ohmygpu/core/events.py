@@ -3,7 +3,7 @@
 A pull yields them in order: `resolve`, then `download` (many, one counter over all files), then
 `verify`, then `compile` (many), then exactly one `done` or `error`. Where the result is to be
 measured, `compile` (the float32 reference) and `measure` (many, counting bytes of text) follow;
-measuring an installed model yields only these.
+measuring an installed model yields `verify` (of its source files) and these.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,7 @@ def peer_logits(python: str, path: Path, reference: Reference) -> Iterator[Logit
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},  # threads that spin starve other programs
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -170,3 +170,36 @@ def test_the_target_is_cuda_only_where_it_can_run_or_is_asked_for(
 def test_this_machine_has_cores_and_memory() -> None:
     assert 1 <= hardware.physical_cores() <= hardware.logical_cores()
     assert hardware.memory_available_bytes() > 0
+
+
+def test_the_machine_is_described_by_what_decides_speed_and_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = machine(
+        tmp_path,
+        proc__cpuinfo="flags\t\t: fpu avx2 avx512f avx_vnni avx512_vnni\nbugs : x\n",
+        proc__meminfo=f"MemTotal:       {16 * GIB // 1024} kB\n",
+    )
+    assert hardware.instruction_sets(root) == ("AVX2", "AVX-512", "VNNI")
+    assert hardware.memory_total_bytes(root) == 16 * GIB
+    arm = machine(tmp_path / "arm", proc__cpuinfo="Features\t: fp asimd asimddp i8mm\n")
+    assert hardware.instruction_sets(arm) == ("DotProd", "I8MM")
+    assert hardware.memory_total_bytes(arm) == 0
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(hardware, "instruction_sets", lambda: ("AVX2", "VNNI"))
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 1)
+    monkeypatch.setattr(hardware, "memory_total_bytes", lambda: 8 * 10**9)
+    assert hardware.describe() == "x86_64 with AVX2, VNNI, 1 core, 8 GB of memory"
+    monkeypatch.setattr(hardware, "memory_total_bytes", lambda: 0)
+    assert hardware.describe() == "x86_64 with AVX2, VNNI, 1 core"
+
+
+def test_a_container_has_the_memory_of_its_control_group(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        proc__meminfo=f"MemTotal:       {16 * GIB // 1024} kB\n",
+        proc__self__cgroup="0::/\n",
+    )
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "sys/fs/cgroup/memory.max").write_text(str(2 * GIB))
+    assert hardware.memory_total_bytes(root) == 2 * GIB
