@@ -46,34 +46,52 @@ class Config(llama.Config):
 def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     d = config.decoder
-    found = llama.weights(config)
+    found = post_norm_weights(config)
     for layer in range(d.layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        found[f"{prefix}.q_norm.weight"] = (d.heads * d.head_dim,)
+        found[f"{prefix}.k_norm.weight"] = (d.kv_heads * d.head_dim,)
+    return found
+
+
+def post_norm_weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
+    """Llama's tensors with the norms of `post_norm_layers`."""
+    found = llama.weights(config)
+    for layer in range(config.decoder.layers):
         prefix = f"model.layers.{layer}"
         del found[f"{prefix}.input_layernorm.weight"]
-        found[f"{prefix}.post_feedforward_layernorm.weight"] = (d.hidden_size,)
-        found[f"{prefix}.self_attn.q_norm.weight"] = (d.heads * d.head_dim,)
-        found[f"{prefix}.self_attn.k_norm.weight"] = (d.kv_heads * d.head_dim,)
+        found[f"{prefix}.post_feedforward_layernorm.weight"] = (config.decoder.hidden_size,)
     return found
 
 
 def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    turns = [rotary(e, config.rope)] * e.decoder.layers
-    hidden = post_norm_layers(config, e, embedding(e, llama.EMBEDDING), turns)
+    turn = rotary(e, config.rope)
+    emit(config, e, [turn] * e.decoder.layers)
+
+
+def emit(config: llama.Config, e: Emitter, turns: Sequence[Rotary]) -> None:
+    """The graph, with the RoPE of each layer."""
+
+    def attend_to(layer: int, x: str) -> str:
+        return _attention(config, e, layer, x, turns[layer])
+
+    def feed(layer: int, x: str) -> str:
+        return llama.feed_forward(config, e, layer, x)
+
+    hidden = post_norm_layers(e, embedding(e, llama.EMBEDDING), attend_to, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
 
 
-def post_norm_layers(config: llama.Config, e: Emitter, hidden: str, turns: Sequence[Rotary]) -> str:
+def post_norm_layers(e: Emitter, hidden: str, attend: llama.Block, feed: llama.Block) -> str:
     """The last norm of `hidden` after all layers, each with a norm behind either block:
 
     hidden += norm(attend(hidden)), then hidden += norm(feed(hidden)).
     """
     for layer in range(e.decoder.layers):
         path = f"/model/layers.{layer}"
-        attended = _attention(config, e, layer, hidden, turns[layer])
-        hidden = _add_normed(e, f"{path}/post_attention_layernorm", attended, hidden)
-        fed = llama.feed_forward(config, e, layer, hidden)
-        hidden = _add_normed(e, f"{path}/post_feedforward_layernorm", fed, hidden)
+        hidden = _add_normed(e, f"{path}/post_attention_layernorm", attend(layer, hidden), hidden)
+        hidden = _add_normed(e, f"{path}/post_feedforward_layernorm", feed(layer, hidden), hidden)
     return rms_norm(e, "/model/norm", hidden, "model.norm.weight")
 
 

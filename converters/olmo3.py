@@ -1,0 +1,69 @@
+"""OLMo 3: OLMo 2 with windows on three layers of four, and RoPE scaled in the others alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.rope import Rope, read_rope, ropes_by_layer
+from ohmygpu.convert.rotary import rotary
+from ohmygpu.convert.source import Source
+from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+
+from . import llama, olmo2
+
+DEFAULTS: Mapping[str, Any] = {
+    **olmo2.DEFAULTS,
+    "rope_theta": 500000.0,
+    "sliding_window": 4096,
+}
+"""What a key that the config lacks means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Llama's config, and the RoPE of the layers that see a window."""
+
+    base: llama.Config
+    local_rope: Rope
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        return self.base.decoder
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> Config:
+        """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
+        filled = {**DEFAULTS, **config, "mlp_bias": False}
+        everywhere, local = ropes_by_layer(filled)
+        base = llama.Config.read(everywhere)
+        numbers = range(1, base.decoder.layers + 1)
+        usual = [SLIDING if number % 4 else FULL for number in numbers]
+        base = replace(base, windows=read_windows(filled, usual))
+        return Config(base, read_rope(local, base.decoder.head_dim))
+
+
+def weights(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the files and its shape."""
+    return olmo2.weights(config.base)
+
+
+def ignored(config: Config, name: str) -> bool:
+    """Tensors some files carry that say nothing new."""
+    return llama.ignored(config.base, name)
+
+
+def view(config: Config, source: Source) -> Source:
+    """The files' own arrangement."""
+    return source
+
+
+def build(config: Config, e: Emitter) -> None:
+    """Emit the graph, from token ids to logits."""
+    turn = rotary(e, config.base.rope)
+    turn_locally = rotary(e, config.local_rope, "local_rotary")
+    windows = config.base.windows
+    olmo2.emit(config.base, e, [turn if window is None else turn_locally for window in windows])
