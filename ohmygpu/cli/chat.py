@@ -148,6 +148,11 @@ def _talk(
     given: dict[str, Any],
     home: Path,
 ) -> None:
+    if model.embeds:
+        raise InvalidRequest(
+            f"{model.name} is an embedding model: it makes vectors of texts and cannot chat; "
+            "/v1/embeddings and /api/embed of the daemon use it"
+        )
     system = _text(given["system"] or "", "--system")
     if system and not model.has_template:
         raise InvalidRequest(

@@ -82,7 +82,10 @@ def pull(
         line(f"installed {installed.name} ({installed.record.recipe}, {size})")
         if verify:
             fields(fidelity_rows(installed))
-        note(f'talk to it with: omg run {installed.name} "Hello!"')
+        if installed.embeds:
+            note("an embedding model: /v1/embeddings and /api/embed of `omg serve` use it")
+        else:
+            note(f'talk to it with: omg run {installed.name} "Hello!"')
 
 
 def pull_model(
@@ -194,7 +197,12 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("context", f"{entry.context_tokens} tokens"))
     if entry.target:
         rows.append(("compiled for", entry.target))
-    rows.append(("chat template", "yes" if entry.has_template else "no: it only continues text"))
+    if entry.embeds:
+        kind = f"embedding model: {entry.embedding_length} numbers a text, {entry.pooling} pooling"
+        rows.append(("kind", kind))
+    else:
+        template = "yes" if entry.has_template else "no: it only continues text"
+        rows.append(("chat template", template))
     if entry.license:
         rows.append(("license", entry.license))
     rows += fidelity_rows(entry)
@@ -308,6 +316,8 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "context_tokens": entry.context_tokens,
         "target": entry.target,
         "has_chat_template": entry.has_template,
+        "kind": entry.kind,
+        "embedding_length": entry.embedding_length or None,
         "license": entry.license,
         "fidelity": {graph: asdict(found) for graph, found in entry.fidelity.items()},
         "compiled_bytes": record.compiled_bytes,

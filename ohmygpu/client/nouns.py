@@ -76,9 +76,16 @@ class ModelInfo:
     license: str | None = None
     has_template: bool = False
     kind: str = "decoder"  # decoder: generates text | encoder: gives vectors
+    embedding_length: int = 0  # numbers in a vector
+    pooling: str = ""  # how an encoder makes one vector of many tokens
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)  # by graph, where measured
     location: str | None = None  # folder of the compiled model; not known over HTTP
     problem: str | None = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes vectors of texts, and cannot chat."""
+        return self.kind == "encoder"
 
     @property
     def name(self) -> str:
@@ -103,8 +110,10 @@ class ModelInfo:
             context_tokens=compiled.context_length if compiled else None,
             target=compiled.target if compiled else None,
             license=compiled.license if compiled else None,
-            has_template=has_template,
+            has_template=has_template and not (compiled and compiled.kind == "encoder"),
             kind=compiled.kind if compiled else "decoder",
+            embedding_length=compiled.embedding_length if compiled else 0,
+            pooling=compiled.pooling if compiled else "",
             fidelity=fidelity or {},
             location=location,
             problem=problem,
@@ -123,6 +132,8 @@ class ModelInfo:
             license=data["license"],
             has_template=bool(data["chat"]),
             kind=str(data.get("kind", "decoder")),
+            embedding_length=int(data.get("embedding_length", 0)),
+            pooling=str(data.get("pooling", "")),
             fidelity={
                 graph: Fidelity.from_dict(found)
                 for graph, found in (data.get("fidelity") or {}).items()

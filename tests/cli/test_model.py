@@ -26,7 +26,7 @@ FIELDS = {
     "name", "variant", "is_default", "id", "provider", "source", "revision", "recipe", "family",
     "quantization", "parameters", "context_tokens", "target", "has_chat_template", "license",
     "compiled_bytes", "source_bytes", "artifacts", "installed_at", "location", "problem",
-    "recipe_reason", "fidelity", "adapter",
+    "recipe_reason", "fidelity", "adapter", "kind", "embedding_length",
 }  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def test_a_relative_path_reaches_the_daemon_as_an_absolute_one(
     ("error", "code"),
     [
         (AccessDenied("org/tiny is gated"), 6),
-        (UnsupportedModel("no converter for bert; supported: llama"), 7),
+        (UnsupportedModel("no converter for t5; supported: llama"), 7),
         (CorruptFile("the file does not match its hash"), 7),
         (DiskFull("2 GB are needed, 1 GB is free", needed_bytes=2, free_bytes=1), 8),
     ],

@@ -34,7 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     hits = [
         hit("org/good"),
-        hit("org/other", model_type="bert", gated=True),
+        hit("org/other", model_type="t5", gated=True),
         hit("org/mystery", model_type=None, size_bytes=None),
         hit("org/pickle", has_safetensors=False),
     ]
@@ -53,7 +53,7 @@ def test_search_says_for_each_model_whether_it_can_be_compiled(omg: Omg, hub: li
     rows = result.stdout.splitlines()
     assert rows[0].split() == ["NAME", "DOWNLOADS", "LIKES", "SIZE", "CONVERTER", "ACCESS"]
     assert rows[1].split() == ["org/good", "1.23M", "89", "269", "MB", "yes", "(llama)"]
-    assert rows[2].split()[-3:] == ["no", "(bert)", "gated"]
+    assert rows[2].split()[-3:] == ["no", "(t5)", "gated"]
     assert rows[3].split()[-2:] == ["?", "?"]
     assert rows[4].split()[-2:] == ["no", "(llama)"]
     assert hub == [("https://huggingface.co", "smol model", 20)]

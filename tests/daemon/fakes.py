@@ -26,6 +26,8 @@ from ohmygpu.daemon.pulls import PullFunction, Pulls, Verifications, VerifyFunct
 from ohmygpu.daemon.services import DaemonState, Services
 from ohmygpu.runtime_api import (
     Delta,
+    EmbedRequest,
+    EmbedResult,
     FinishReason,
     GenerateRequest,
     RuntimeCaps,
@@ -100,6 +102,12 @@ class FakeRuntime:
             state.running -= 1
             state.finished.set()
 
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        outcome = self._runtimes.embeddings.popleft()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     async def _passes(self, gate: asyncio.Event) -> bool:
         """Wait for the gate; False when the runtime is unloaded instead."""
         waits = [asyncio.ensure_future(e.wait()) for e in (gate, self._runtimes.stopping)]
@@ -117,6 +125,7 @@ class Runtimes:
     def __init__(self) -> None:
         self.answers: deque[tuple[Step, ...]] = deque()
         self.requests: list[GenerateRequest] = []
+        self.embeddings: deque[EmbedResult | Exception] = deque()
         self.loads: list[str] = []
         self.unloaded: list[str] = []
         self.load_errors: deque[Exception] = deque()
