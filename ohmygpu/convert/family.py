@@ -49,10 +49,12 @@ whose config does not name it.
 
 
 GGUF_ARCHITECTURES: Mapping[str, str] = {
-    name: f"gguf_{name}"
+    name: f"gguf_{name.replace('-', '_')}"
     for name in (
+        "gemma",
         "gemma2",
         "gemma3",
+        "gpt-oss",
         "gpt2",
         "gptneox",
         "granite",

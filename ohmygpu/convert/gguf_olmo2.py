@@ -1,10 +1,11 @@
 """GGUF models of architecture `olmo2`: norms after attention and feed-forward, none before; queries
-and keys normalised over all heads.
+and keys normalised over all heads. A sliding window makes it OLMo 3.
 """
 
 from __future__ import annotations
 
 from .gguf import GgufModel
+from .gguf_gemma2 import layer_types
 from .gguf_keys import Keys, decoder_config
 from .gguf_names import ATTENTION, GATED_MLP, TOP, Translation, entry, translation
 from .gguf_rope import rope_config
@@ -30,4 +31,13 @@ def translate(model: GgufModel) -> Translation:
         "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon"),
         "attention_bias": False,
     }
-    return translation(keys, config | rope_config(keys, config), _TABLE)
+    config |= rope_config(keys, config)
+    window = keys.integer("attention.sliding_window", 0, least=0)
+    if window:
+        config |= {
+            "architectures": ["Olmo3ForCausalLM"],
+            "model_type": "olmo3",
+            "sliding_window": window,
+            "layer_types": layer_types(keys, config["num_hidden_layers"], period=4),
+        }
+    return translation(keys, config, _TABLE)

@@ -23,6 +23,7 @@ Config = Mapping[str, Any]
 Tensors = Mapping[str, Float32]
 
 ARCHITECTURES = {
+    "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "gpt2": gguf.MODEL_ARCH.GPT2,
@@ -32,6 +33,7 @@ ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
     "phi": gguf.MODEL_ARCH.PHI2,
     "phi3": gguf.MODEL_ARCH.PHI3,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -119,8 +121,12 @@ def _arranged(config: Config, tensors: Tensors) -> Iterator[tuple[str, Float32]]
             if "k_proj" in name:
                 heads = config.get("num_key_value_heads", heads)
             yield name, _neighbouring_pairs(data, heads)
-        elif kind in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
+        elif kind.startswith("gemma") and name.endswith("norm.weight"):
             yield name, data + np.float32(1)
+        elif kind == "gpt_oss" and ".experts." in name:
+            yield from _gpt_oss_experts(name, data)
+        elif kind == "gpt_oss" and name.endswith("sinks"):
+            yield f"{name}.weight", data
         elif kind == "gpt2" and re.search(r"c_(attn|proj|fc)\.weight", name):
             yield name, data.T
         elif kind == "gpt_neox" and "query_key_value" in name:
@@ -131,6 +137,19 @@ def _arranged(config: Config, tensors: Tensors) -> Iterator[tuple[str, Float32]]
             yield name, data
     for name, parts in stacks.items():
         yield name, np.stack([parts[number] for number in range(len(parts))])
+
+
+def _gpt_oss_experts(name: str, data: Float32) -> Iterator[tuple[str, Float32]]:
+    """Floats are (experts, inputs, outputs), and gate and up alternate in the outputs."""
+    if name.endswith("_bias"):
+        base, kind = name.removesuffix("_bias"), "bias"
+    else:
+        base, kind, data = name, "weight", data.swapaxes(1, 2)
+    if "gate_up_proj" not in base:
+        yield f"{base}.{kind}", data
+        return
+    for first, part in enumerate(("gate_proj", "up_proj")):
+        yield f"{base.replace('gate_up_proj', part)}.{kind}", data[:, first::2]
 
 
 def _stacked_name(name: str) -> str:
@@ -184,12 +203,14 @@ def _add_tokenizer(writer: Any) -> None:
 
 def _add_settings(writer: Any, config: Config) -> None:
     settings: dict[str, Callable[[Any, Config], None]] = {
+        "gemma": _gemma,
         "gemma2": _gemma2,
         "gemma3_text": _gemma3,
         "gpt2": _gpt2,
         "gpt_neox": _gpt_neox,
         "gpt_oss": _gpt_oss,
         "granite": _granite,
+        "olmo3": _olmo3,
         "phi": _phi,
         "phi3": _phi3,
         "qwen3_moe": _qwen3_moe,
@@ -260,11 +281,22 @@ def _granite(writer: Any, config: Config) -> None:
     writer.add_logit_scale(config["logits_scaling"])
 
 
-def _gemma2(writer: Any, config: Config) -> None:
+def _olmo3(writer: Any, config: Config) -> None:
+    _usual(writer, config)
+    writer.add_sliding_window(config["sliding_window"])
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    writer.add_sliding_window_pattern(local)
+
+
+def _gemma(writer: Any, config: Config) -> None:
     _sizes(writer, config)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
+
+
+def _gemma2(writer: Any, config: Config) -> None:
+    _gemma(writer, config)
     writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
     writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_sliding_window(config["sliding_window"])
