@@ -53,6 +53,6 @@ def test_the_page_lists_every_family_and_every_check_and_none_fails() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == families()
     header = next(line for line in page.splitlines() if line.startswith("| family"))
-    assert header.strip("| ").split(" | ") == ["family", "cases", "names", *CHECKS]
+    assert header.strip("| ").split(" | ") == ["family", "cases", "names", *CHECKS, "GGUF"]
     assert "FAILS" not in page
     assert "NO |" not in page

@@ -37,7 +37,7 @@ def weights_of(name: str) -> dict[str, Float32]:
 
 def error_of_family(family_name: str) -> float | None:
     """The largest error of a family's models; None when GGUF has no such architecture."""
-    names = [name for name, config in MODELS.items() if check_supported(config) == family_name]
+    names = [name for name, model in MODELS.items() if check_supported(model) == family_name]
     return max((error(name) for name in names), default=None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from . import gguf
 from .checks import CHECKS, Bench, distance
 from .models import Case, all_cases, families, golden
 
@@ -18,7 +19,7 @@ number, on tiny models with random weights; `python -m tests.ladder table` write
 
 **names**: transformers loads the same files with nothing left over or missing. A number is the
 largest error of any logit of any case, relative to the largest logit; a dash means that the check
-does not apply.
+does not apply. **GGUF**: the same, between a model's GGUF file and its SafeTensors files.
 
 """
 _NONE = "\N{EN DASH}"
@@ -35,10 +36,11 @@ def page() -> str:
             names[case.family] = "NO"
         for check, error in _errors(case).items():
             worst[case.family][check] = max(error, worst[case.family].get(check, 0.0))
-    columns = ["family", "cases", "names", *CHECKS]
+    columns = ["family", "cases", "names", *CHECKS, "GGUF"]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for name in families():
         cells = [_cell(worst[name].get(check), CHECKS[check].tolerance) for check in CHECKS]
+        cells.append(_cell(gguf.error_of_family(name), gguf.TOLERANCE))
         lines.append(_row([f"`{name}`", str(count[name]), names[name], *cells]))
     return _HEAD + "\n".join(lines) + "\n"
 
