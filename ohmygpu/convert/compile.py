@@ -7,17 +7,16 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ohmygpu.core.errors import CorruptFile
 from ohmygpu.core.files import explain
 from ohmygpu.core.records import COMPILE_FILE, CompiledModel
 
 from . import recipes
 from .decoder import Decoder, Emitter
 from .embedding import as_embedding_model, embedder_of, write_embedding_graph
+from .extent import check_context, check_extent
 from .family import CONVERTER_VERSION, check_supported, family
 from .graph import Graph
 from .recipes import Recipe, Target
-from .rope import Stretched
 from .source import Source, open_source
 from .spelling import spelled
 from .tokenizer import prepare_tokenizer
@@ -90,6 +89,7 @@ def compile_source(
         rope_theta=decoder.rope_theta,
         rope_switch_tokens=decoder.rope_switch_tokens,
         rope_grows=decoder.rope_grows,
+        score_heads=decoder.score_heads,
         norm_epsilon=decoder.norm_epsilon,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
@@ -111,12 +111,9 @@ def write_graph(
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     source = spelled(source)
     builder = family(check_supported(source.config))
+    check_extent(source.config, len(source.tensors))
     config = builder.Config.read(source.config)
-    if config.decoder.layers > len(source.tensors):  # before a name is made for each of them
-        raise CorruptFile(
-            f"the config says {config.decoder.layers} layers and the files hold "
-            f"{len(source.tensors)} tensors; they do not belong together"
-        )
+    check_context(config.decoder.context_tokens)
     expected = builder.weights(config)
     named = with_class_prefix(source, expected)
     check_names(named, expected, lambda name: builder.ignored(config, name))
@@ -128,11 +125,14 @@ def write_graph(
         emitter = Emitter(graph, weights, recipe, target, config.decoder)
         builder.build(config, emitter)
         graph.save(str(CONVERTER_VERSION))
-        return _with_rope(config.decoder, emitter.stretched), graph.weights_bytes
+        return _as_built(config.decoder, emitter), graph.weights_bytes
 
 
-def _with_rope(decoder: Decoder, stretched: Stretched | None) -> Decoder:
-    """The sizes with what the engine has to know of the RoPE that was built."""
+def _as_built(decoder: Decoder, e: Emitter) -> Decoder:
+    """The sizes with what the engine has to know of the RoPE and the attention that were built."""
+    if e.keeps_scores and e.target.name == "cpu":
+        decoder = replace(decoder, score_heads=decoder.heads)
+    stretched = e.stretched
     if stretched is None:
         return decoder
     grows = stretched.frequencies is None

@@ -19,6 +19,7 @@ from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 from ohmygpu.core.records import CompiledModel
 
 from .decoder import Decoder, Emitter
+from .extent import check_extent
 from .family import CONVERTER_VERSION, ENCODERS, family
 from .graph import Graph
 from .recipes import Recipe, Target
@@ -287,6 +288,7 @@ def write_embedding_graph(
 ) -> tuple[Decoder, int]:
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     builder = family(name)
+    check_extent(source.config, len(source.tensors))
     config = builder.Config.read(source.config)
     expected = {key: shape for key, shape in builder.weights(config).items() if not _is_head(key)}
     named = aligned(source, expected)
