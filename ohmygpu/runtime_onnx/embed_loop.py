@@ -71,7 +71,7 @@ class EmbedLoop:
         """Fail all requests and stop; idempotent, returns when it has."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -179,7 +179,7 @@ class EmbedLoop:
                 return
             self._jobs[request_id] = _Job(request, rows, [b""] * len(rows), len(rows))
             self._pending.add(request_id, [len(row) for row in rows])
-            self._wake.notify()
+            self._wake.notify_all()
 
     def _end(self, request_id: int, outcome: Outcome) -> None:
         """Publish what became of a request, unless somebody aborted it."""

@@ -75,6 +75,17 @@ def loop_of(runtime: OnnxRuntime) -> EmbedLoop:
     return runtime._loop
 
 
+async def waiting(runtime: OnnxRuntime, texts: int) -> None:
+    """Return when at least so many texts wait for the model."""
+    loop = loop_of(runtime)
+
+    def wait() -> None:
+        with loop._wake:
+            assert loop._wake.wait_for(lambda: len(loop._pending) >= texts, 10)
+
+    await asyncio.to_thread(wait)
+
+
 async def test_token_ids_give_the_vectors_of_transformers(runtime: OnnxRuntime) -> None:
     from tests.ladder.encoders import ROWS, EncoderCase
 
@@ -114,8 +125,7 @@ async def test_requests_of_several_callers_run_in_common_batches(runtime: OnnxRu
     first = asyncio.create_task(runtime.embed(request("abc")))
     await asyncio.to_thread(started.wait, 10)
     others = [asyncio.create_task(runtime.embed(request("abcd"))) for _ in range(2)]
-    while len(loop_of(runtime)._pending) < 2:
-        await asyncio.sleep(0)
+    await waiting(runtime, 2)
     with pytest.raises(Busy):
         await runtime.embed(request("abc"))
     gate.set()
@@ -134,8 +144,7 @@ async def test_a_cancelled_request_is_dropped_and_others_go_on(runtime: OnnxRunt
     model.run = slow  # type: ignore[method-assign]
     given_up = asyncio.create_task(runtime.embed(request(*["abc"] * 2000)))
     kept = asyncio.create_task(runtime.embed(request("abc")))
-    while len(loop_of(runtime)._pending) < 1000:
-        await asyncio.sleep(0)
+    await waiting(runtime, 1000)
     given_up.cancel()
     gate.set()
     assert vectors_of(await kept).shape == (1, LENGTH)
@@ -194,8 +203,7 @@ async def test_unloading_ends_requests_with_an_error(folder: Path) -> None:
 
     model.run = slow  # type: ignore[method-assign]
     task = asyncio.create_task(runtime.embed(request(*["abc"] * 2000)))
-    while not len(loop_of(runtime)._pending):
-        await asyncio.sleep(0)
+    await waiting(runtime, 1)
     unloading = asyncio.create_task(runtime.unload())
     await asyncio.sleep(0)
     gate.set()
