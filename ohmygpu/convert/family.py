@@ -35,6 +35,7 @@ _PACKAGE = "ohmygpu.converters"
 ALIASES: Mapping[str, str] = {
     "camembert": "roberta",
     "code_llama": "llama",
+    "llava_next": "llava",
     "xlm-roberta": "roberta",
 }
 

@@ -134,8 +134,8 @@ def neighbours_apart(names: Iterable[str], decoder: Decoder, rotary_dim: int) ->
     head = np.concatenate([turned, np.arange(rotary_dim, decoder.head_dim)])
 
     def rows(heads: int) -> NDArray[np.int64]:
-        starts: NDArray[np.int64] = np.arange(heads)[:, None] * decoder.head_dim
-        return (starts + head).reshape(-1)
+        order: NDArray[np.int64] = np.arange(heads)[:, None] * decoder.head_dim + head
+        return order.ravel()
 
     orders = {".q_proj.": rows(decoder.heads), ".k_proj.": rows(decoder.kv_heads)}
     return {

@@ -33,5 +33,9 @@ BASE: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"text_config": _TEXT | {"model_type": "mistral", "sliding_window": 8}},
+    "next": {
+        "model_type": "llava_next",
+        "architectures": ["LlavaNextForConditionalGeneration"],
+    },
     "qwen2": {"text_config": _TEXT | {"model_type": "qwen2", "tie_word_embeddings": True}},
 }

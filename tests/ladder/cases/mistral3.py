@@ -37,5 +37,10 @@ BASE: dict[str, Any] = {
 
 CASES: dict[str, dict[str, Any]] = {
     "own_head": {"tie_word_embeddings": False},
+    "ministral3": {
+        "text_config": {key: _TEXT[key] for key in _TEXT if key != "rope_theta"}
+        | {"model_type": "ministral3"},
+        "tie_word_embeddings": False,
+    },
     "tied_window": {"text_config": _TEXT | {"sliding_window": 8}},
 }
