@@ -103,6 +103,7 @@ def attend(
     sinks = e.weights.vector([scores.sinks], f"{name_of(path)}.sinks") if scores.sinks else ""
     node = f"{path}/GroupQueryAttention"
     optional: dict[str, float | int] = {}
+    e.keeps_scores |= bool(sinks or scores.softcap)
     if scores.softcap:
         optional["softcap"] = scores.softcap
     if scores.window is not None:

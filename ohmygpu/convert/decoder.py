@@ -30,6 +30,7 @@ class Decoder:
     rope_theta: float = 0.0  # for show; 0 = positions are not told by RoPE
     rope_switch_tokens: int = 0  # as in CompiledModel; set when the graph is built
     rope_grows: bool = False
+    score_heads: int = 0  # see `core.records.CompiledModel`
 
     @property
     def cache_dim(self) -> int:
@@ -72,6 +73,7 @@ class Emitter:
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
         self.stretched: Stretched | None = None  # how they do
+        self.keeps_scores = False  # whether an attention writes out all scores on the CPU
 
     def cache(self, layer: int) -> tuple[list[str], list[str]]:
         """Names of a layer's (past key and value, present key and value)."""

@@ -155,6 +155,7 @@ class CompiledModel:
     eos_token: str = ""
     rope_switch_tokens: int = 0  # longer rows have other RoPE frequencies; 0 = no length has
     rope_grows: bool = False  # each length beyond has its own (dynamic NTK), not all the same
+    score_heads: int = 0  # heads whose scores a prompt's attention writes out; 0: it needs not
     generation: dict[str, float] = field(default_factory=dict)  # the model's sampling defaults
     license: str = ""
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply

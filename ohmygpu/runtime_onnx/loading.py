@@ -14,7 +14,7 @@ from ohmygpu.runtime_api import RuntimeCaps
 
 from .engine import Engine
 from .kv_cache import DeviceKVCache, HostKVCache, KVCache, fit_device
-from .model import OnnxModel, check_files
+from .model import SCORES_BYTES, OnnxModel, check_files
 from .scheduler import Scheduler
 from .sequence import RopeLengths
 from .session import open_session
@@ -114,6 +114,8 @@ def check_memory(compiled: CompiledModel, context_tokens: int, free_bytes: int) 
     """
     kv_bytes = compiled.kv_bytes_per_token * min(context_tokens, _MIN_KV_TOKENS)
     needed = int(compiled.weights_bytes * _PACKED_WEIGHTS) + kv_bytes + _WORKING_BYTES
+    if compiled.score_heads:
+        needed += SCORES_BYTES
     if 0 < free_bytes < needed:
         raise OutOfMemory(
             f"the model needs about {human_bytes(needed)} of memory and {human_bytes(free_bytes)} "

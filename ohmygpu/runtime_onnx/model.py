@@ -20,6 +20,9 @@ from .kv_cache import KVCache
 
 Logits = NDArray[np.float32]
 
+SCORES_BYTES = 256 << 20
+"""Memory for scores of an attention that writes them out, float32 (heads, S, total length)."""
+
 _MAX_BINDINGS = 256  # distinct (first row, rows) kept bound
 
 
@@ -76,6 +79,7 @@ class OnnxModel:
         self._ids = np.zeros(max(prefill_tokens, cache.slots), np.int64)  # (B*S,)
         self._lengths = np.zeros(cache.slots, np.int32)  # seqlens_k, (B,)
         self._total = np.zeros((), np.int32)
+        self._score_heads = compiled.score_heads
         self._has_rope_length = compiled.rope_switch_tokens > 0
         self._rope_length = np.zeros(1, np.int32)
         self._rows = np.zeros(cache.slots, np.int64)  # logit_rows, (R,)
@@ -100,6 +104,20 @@ class OnnxModel:
         `logits_row` takes the logits of the last token; None where the prompt goes on.
         `rope_length`: the length whose RoPE frequencies they get where it is more than their own.
         """
+        self._rope_length[0] = rope_length
+        stop = past + len(tokens)
+        step = self._tokens_at_once(stop)
+        for start in range(past, stop, step):
+            piece = tokens[start - past : start - past + step]
+            self._prefill(slot, piece, start, logits_row if start + step >= stop else None)
+
+    def _tokens_at_once(self, total: int) -> int:
+        """New tokens in a run, so that the scores of rows of length `total` fit SCORES_BYTES."""
+        if not self._score_heads:
+            return self._ids.size
+        return max(1, SCORES_BYTES // (4 * self._score_heads * total))
+
+    def _prefill(self, slot: int, tokens: Sequence[int], past: int, logits_row: int | None) -> None:
         count, total = len(tokens), past + len(tokens)
         self._ids[:count] = tokens
         self._lengths[0] = total - 1
@@ -107,7 +125,6 @@ class OnnxModel:
         # chunk must differ; the true total of a later chunk always does.
         self._total[()] = total
         self._rows[0] = count - 1
-        self._rope_length[0] = rope_length
         row = self.cache.row(slot)
         binding = self._bound(self._prefill_bindings, row, lambda: self._bind_cache(row, 1))
         wanted = 0 if logits_row is None else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ohmygpu.core.errors import CorruptFile, RuntimeFailure
 from ohmygpu.core.records import COMPILE_FILE, GRAPH_FILE, CompiledModel
+from ohmygpu.runtime_onnx import model as model_module
 from ohmygpu.runtime_onnx.kv_cache import HostKVCache
 from ohmygpu.runtime_onnx.model import OnnxModel, check_files
 from ohmygpu.runtime_onnx.session import open_session
@@ -57,6 +59,30 @@ def test_a_chunked_prefill_gives_the_logits_of_a_whole_one(folder: Path) -> None
     for chunk in (5, 7, 16, 35):
         prefill(model, 1, PROMPTS[3], chunk)
         np.testing.assert_array_equal(row(model), whole)
+
+
+def test_a_prompt_is_cut_so_that_written_out_scores_fit_their_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = replace(check_files(folder), score_heads=4)
+    session = open_session(folder, compiled, "auto", 1).session
+    whole = open_model(folder)
+    prefill(whole, 0, PROMPTS[3])
+    monkeypatch.setattr(model_module, "SCORES_BYTES", 4 * 4 * len(PROMPTS[3]) * 6)  # six rows
+    runs: list[int] = []
+
+    class Session:
+        def io_binding(self) -> Any:
+            return session.io_binding()
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            runs.append(int(cut._total) - sum(runs))
+            session.run_with_iobinding(binding)
+
+    cut = OnnxModel(Session(), compiled, HostKVCache(compiled, 4, CONTEXT), CONTEXT)
+    prefill(cut, 0, PROMPTS[3])
+    assert runs == [6] * 6 + [1]  # 37 tokens
+    np.testing.assert_allclose(row(cut), row(whole), rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_agrees_with_prefilling_one_token_more(folder: Path) -> None:
