@@ -1,0 +1,36 @@
+"""Texts that tokenizers disagree about."""
+
+# ruff: noqa: RUF001  ambiguous letters are the point
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "   ",
+    "\t\n",
+    " \t \n \r\n \x0b\x0c ",
+    "\n\n\n\n",
+    " leading, trailing  ",
+    "a  \n  b   \n\n   c\t\t\td \n",
+    "\u00a0nbsp\u2003em\u3000wide\u2028line\u200bzero\ufeffbom\u202ertl",
+    "def f(x: int = 3) -> str:\n    '''d'''\n    return f\"{x!r:>10}\" if x else None\n\tpass\r\n",
+    "<div class=\"a\">&nbsp;</div> SELECT * FROM `t` WHERE a >= 'b''c'; -- x",
+    "https://user:pw@example.com:8080/a/b?c=d&e=%20f#g C:\\Users\\x /usr/bin/env x.y+z@w.co",
+    "emoji \U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd",
+    "\U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1e9\U0001f1ea \u2764\ufe0f 1\ufe0f\u20e3",
+    "中文字符測試，你好世界。日本語テキスト、カタカナ 한국어 텍스트 \u3400\U00020000 ㄅㄆ",
+    "العربية تَشْكِيل ١٢٣ עברית נִקּוּד ไทยภาษาไทย हिन्दी क्षत्रिय বাংলা தமிழ் ქართული አማርኛ",
+    "e\u0301 \u00e9 n\u0303 \ufb01 \u212b \u2126 \u00bd \u00b2 \u2167 \u338f \u2460 \uff21\uff42",
+    "0 12 123 1234 12345 1234567 3.14159 1e-10 0xFF 1,000,000 \u0661\u0662\u0663",
+    "I'm you're HE'LL we've she'd DON'T 'tis O'Brien l'\u00e9t\u00e9 \u2019s x'S rock'n'roll",
+    "!!!???...---___===+++***///\\\\\\|||~~~```'''\"\"\"((([[[{{{<<<>>>}}}]]])))@@@###$$$%%%^^^&&&",
+    "!a $1 +b =c <d> ^e ~f |g `h \u2026\u2014\u201c\u201d\u00ab\u00bb\u00a7\u2211\u2264",
+    "CamelCaseWord snake_case XMLHttpRequest iPhone15Pro ALLCAPS aB Ab1 \u0130\u0131\u1e9e\u00df",
+    "МОСКВА Привет Ελληνικά ΣΊΣΥΦΟΣ Straße Đặng Việt Żółć Příliš \U0001d573\U0001d58a",
+    "\x00\x01\x7f\x1b[31m \ufffd \U0010ffff \ue000 \u0378",
+    "word" * 60,
+    "a" * 300,
+    "0" * 100,
+    " " * 60 + "x" + "\n" * 20,
+    "漢" * 80,
+    "▁ ▁▁ a▁b Ġ Ċ ##ing <0x0A> [PAD] [unused1]",
+]
