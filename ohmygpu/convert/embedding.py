@@ -286,7 +286,11 @@ def write_embedding_graph(
     name: str,
     embedder: Embedder,
 ) -> tuple[Decoder, int]:
-    """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
+    """Write model.onnx and its data; returns the model's sizes and the bytes of its weights.
+
+    Raises what the family raises, and UnsupportedModel for a decoder made to see both ways.
+    """
+    _check_direction(name, source.config)
     builder = family(name)
     check_extent(source.config, len(source.tensors))
     config = builder.Config.read(source.config)
@@ -325,6 +329,16 @@ def aligned(source: Source, expected: Mapping[str, tuple[int, ...]]) -> Source:
             raise CorruptFile(f"the weights hold {name} twice; pull the model again", tensor=name)
         views[name] = View(found)
     return ViewedSource(source, views)
+
+
+def _check_direction(name: str, config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel for a decoder whose tokens attend to those behind them, too."""
+    both_ways = config.get("is_causal") is False or config.get("use_bidirectional_attention")
+    if name not in ENCODERS and both_ways:
+        raise UnsupportedModel(
+            f"this {name} attends in both directions, which has no converter; embedding models "
+            "of this family that attend backwards alone (Qwen3-Embedding) have one"
+        )
 
 
 def _is_head(name: str) -> bool:

@@ -192,6 +192,8 @@ def test_two_tensors_of_one_name_are_refused() -> None:
         ("bert", {"position_embedding_type": "relative_key"}, "'relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder"),
         ("bert", {"hidden_act": "swoosh"}, "'swoosh'"),
+        ("qwen2", {"is_causal": False}, "both directions"),
+        ("qwen3", {"use_bidirectional_attention": True}, "both directions"),
         ("modernbert", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "length"),
     ],
 )
