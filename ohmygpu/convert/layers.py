@@ -62,7 +62,7 @@ def linear(
         return e.graph.node(f"{path}/Add", [y, bias], named) if bias else y
     y = e.graph.node(
         f"{path}/MatMulNBits",
-        trim([x, matrix.data, matrix.scales, "", "", bias]),
+        trim([x, matrix.data, matrix.scales, matrix.zero_points, "", bias]),
         None if matrix.correction else named,
         domain=MS,
         K=matrix.columns,
@@ -125,7 +125,7 @@ def embedding(e: Emitter, weight: str, *, path: str = "/model/embed_tokens") -> 
     data = g.alias(f"{label}.rows_q{matrix.bits}", matrix.data, np.uint8, packed)
     rows = g.node(
         f"{path}/GatherBlockQuantized",
-        [data, e.input_ids, matrix.scales],
+        trim([data, e.input_ids, matrix.scales, matrix.zero_points]),
         domain=MS,
         bits=matrix.bits,
         block_size=matrix.group,

@@ -9,7 +9,7 @@ inner, hidden), with a gate's row before each row of up, and `down` (experts, hi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,7 @@ def _layout(e: Emitter, experts: Experts) -> Layout:
     columns = [e.weights.columns(name) for name in (experts.gate_up, experts.down)]
     if gate_up != down or any(count % gate_up.group for count in columns):
         return Layout(0)
-    return gate_up
+    return replace(gate_up, asymmetric=False)
 
 
 def _stacked(e: Emitter, count: int, name: str, label: str, layout: Layout) -> Matrix:
@@ -183,7 +183,7 @@ def _stacked(e: Emitter, count: int, name: str, label: str, layout: Layout) -> M
         matrix = e.weights.floats(name, label)
         e.graph.reshape(matrix.data, (count, matrix.rows // count, matrix.columns))
         return matrix
-    matrix = e.weights.matrix([name], label)
+    matrix = e.weights.matrix([name], label, layout=layout)
     rows = matrix.rows // count
     e.graph.reshape(matrix.data, (count, rows, matrix.columns * matrix.bits // 8))
     e.graph.reshape(matrix.scales, (count, rows, matrix.groups))

@@ -43,6 +43,14 @@ class Recipe:
     body_bits: int | None
     sensitive_bits: int | None
     head_bits: int | None  # token embedding and LM head: sensitive too, and shared when tied
+    groups: tuple[tuple[int, int], ...] = ()  # (bits, weights that share a scale) where not 32
+
+    def group(self, bits: int, columns: int) -> int:
+        """Weights that share a scale, in a matrix of `columns`: what was chosen, if it divides."""
+        wanted = dict(self.groups).get(bits, GROUP)
+        while wanted > GROUP and columns % wanted:
+            wanted //= 2
+        return wanted
 
     def bits(self, name: str, layers: int) -> int | None:
         """Bits of the body's matrix with this Hugging Face name, in a model of `layers` layers."""

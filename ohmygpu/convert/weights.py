@@ -17,7 +17,7 @@ from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 from ohmygpu.core.hardware import logical_cores
 
 from .graph import Graph
-from .quantize import quantize_rows
+from .quantize import Quantized, quantize_rows
 from .recipes import GROUP, Recipe, Target
 from .source import Source, row_chunks
 
@@ -34,9 +34,10 @@ class Matrix:
     """A weight matrix in the graph: (rows, columns), each row giving one output.
 
     `bits` 0 means one float per weight in `data`; otherwise `data` holds codes (rows, groups,
-    group * bits / 8), `scales` (rows, groups) and, where the source's blocks have a minimum,
-    `correction` (rows, groups), which is to be added to every weight of its group. Where there is
-    an `input_order`, the columns are in that order, and the input has to be too.
+    group * bits / 8), `scales` (rows, groups), of asymmetric groups `zero_points` (rows, groups / 2
+    rounded up) and, where the source's blocks have a minimum, `correction` (rows, groups), which is
+    to be added to every weight of its group. Where there is an `input_order`, the columns are in
+    that order, and the input has to be too.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Matrix:
     scales: str = ""
     correction: str = ""
     input_order: tuple[int, ...] = ()
+    zero_points: str = ""
 
     @property
     def groups(self) -> int:
@@ -63,6 +65,17 @@ class Layout:
     from_blocks: bool = False
     has_correction: bool = False
     input_order: tuple[int, ...] = ()
+    asymmetric: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of a quantised matrix."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    correction: NDArray[Any] | None = None
+    zero_points: NDArray[np.uint8] | None = None
 
 
 class Weights:
@@ -109,7 +122,8 @@ class Weights:
         recipe = self._recipe
         bits = recipe.head_bits if head else recipe.bits(name, self._layers)
         if bits is not None:
-            return Layout(bits)
+            group = recipe.group(bits, self.columns(name))
+            return Layout(bits, group, asymmetric=bits == 4)
         blocks = self._source.block_layout(name)
         if blocks is None:
             return Layout(0)
@@ -117,13 +131,15 @@ class Weights:
             blocks.bits, blocks.block_size, True, blocks.has_correction, blocks.input_order
         )
 
-    def matrix(self, names: Sequence[str], label: str, *, head: bool = False) -> Matrix:
+    def matrix(
+        self, names: Sequence[str], label: str, *, head: bool = False, layout: Layout | None = None
+    ) -> Matrix:
         """Matrices with equal columns and layouts, stacked by rows; the same names are written
-        once.
+        once. `layout` is the recipe's unless given.
         """
         key = tuple(names)
         if key not in self._matrices:
-            layout = self.layout(names[0], head=head)
+            layout = layout or self.layout(names[0], head=head)
             write = self._write_quantised if layout.bits else self._write_floats
             self._matrices[key] = write(names, label, layout)
         return self._matrices[key]
@@ -152,14 +168,17 @@ class Weights:
         groups = -(-columns // layout.group)
         scales: list[NDArray[Any]] = []
         corrections: list[NDArray[Any]] = []
+        zero_points: list[NDArray[Any]] = []
 
         def codes() -> Iterator[NDArray[Any]]:
             pieces = self._block_pieces if layout.from_blocks else self._rounded_pieces
-            for name, piece_codes, piece_scales, piece_correction in pieces(names, layout):
-                scales.append(self._checked(name, piece_scales))
-                if piece_correction is not None:
-                    corrections.append(self._checked(name, piece_correction))
-                yield piece_codes
+            for name, piece in pieces(names, layout):
+                scales.append(self._checked(name, piece.scales))
+                if piece.correction is not None:
+                    corrections.append(self._checked(name, piece.correction))
+                if piece.zero_points is not None:
+                    zero_points.append(piece.zero_points)
+                yield piece.codes
 
         shape = (rows, groups, layout.group * layout.bits // 8)
         data = self._graph.weight(f"{label}.weight_q{layout.bits}", np.uint8, shape, codes())
@@ -168,6 +187,10 @@ class Weights:
         correction = ""
         if corrections:
             correction = self._graph.weight(f"{label}.minimums", self.dtype, small, corrections)
+        zeros = ""
+        if zero_points:
+            packed = (rows, -(-groups // 2))
+            zeros = self._graph.weight(f"{label}.zero_points", np.uint8, packed, zero_points)
         return Matrix(
             rows,
             columns,
@@ -177,12 +200,11 @@ class Weights:
             scale,
             correction,
             layout.input_order,
+            zeros,
         )
 
-    def _block_pieces(
-        self, names: Sequence[str], _: Layout
-    ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], NDArray[Any] | None]]:
-        """The source's own blocks: (name, codes, scales, correction)."""
+    def _block_pieces(self, names: Sequence[str], _: Layout) -> Iterator[tuple[str, _Piece]]:
+        """The source's own blocks, by the name of their tensor."""
         for name in names:
             rows, columns = self._source.tensors[name].shape
             for start, stop in row_chunks(rows, columns):
@@ -192,19 +214,26 @@ class Weights:
                 with np.errstate(over="ignore"):
                     yield (
                         name,
-                        blocks.codes,
-                        blocks.scales.astype(self.dtype, copy=False),
-                        None if correction is None else correction.astype(self.dtype, copy=False),
+                        _Piece(
+                            blocks.codes,
+                            blocks.scales.astype(self.dtype, copy=False),
+                            None if correction is None else correction.astype(self.dtype),
+                        ),
                     )
                 self._advance((stop - start) * columns)
 
-    def _rounded_pieces(
-        self, names: Sequence[str], layout: Layout
-    ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], None]]:
-        """Rows rounded on all cores: (name, codes, scales, None), in order."""
-        pending: deque[tuple[str, Future[Any]]] = deque()
+    def _rounded_pieces(self, names: Sequence[str], layout: Layout) -> Iterator[tuple[str, _Piece]]:
+        """Rows rounded on all cores, in order, by the name of their tensor."""
+        pending: deque[tuple[str, Future[Quantized]]] = deque()
         for name, chunk in self._chunks(names):
-            job = self._pool.submit(quantize_rows, chunk, layout.bits, layout.group, self.dtype)
+            job = self._pool.submit(
+                quantize_rows,
+                chunk,
+                layout.bits,
+                layout.group,
+                self.dtype,
+                asymmetric=layout.asymmetric,
+            )
             pending.append((name, job))
             while len(pending) > self._ahead:
                 yield _finished(pending)
@@ -276,9 +305,7 @@ def _is_zero_bias(source: Source, name: str) -> bool:
     return source.tensors[name].shape == weight.shape[:1] and not source.read(name).any()
 
 
-def _finished(
-    pending: deque[tuple[str, Future[Any]]],
-) -> tuple[str, NDArray[Any], NDArray[Any], None]:
+def _finished(pending: deque[tuple[str, Future[Quantized]]]) -> tuple[str, _Piece]:
     name, job = pending.popleft()
-    quantized = job.result()
-    return name, quantized.codes, quantized.scales, None
+    found = job.result()
+    return name, _Piece(found.codes, found.scales, None, found.zero_points)

@@ -56,7 +56,9 @@ def rounded(origin: MemorySource, recipe: recipes.Recipe) -> MemorySource:
         bits = recipe.head_bits if head else recipe.bits(name, layers)
         if not whole:
             assert bits
-            arrays[name] = dequantize_rows(quantize_rows(array, bits, 32), bits, array.shape[1])
+            group = recipe.group(bits, array.shape[1])
+            codes = quantize_rows(array, bits, group, asymmetric=bits == 4)
+            arrays[name] = dequantize_rows(codes, bits, array.shape[1])
     return MemorySource(origin.config, arrays)
 
 

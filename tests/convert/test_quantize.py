@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ohmygpu.convert.quantize import dequantize_rows, quantize_rows
+from ohmygpu.convert.quantize import dequantize_rows, quantize_rows, unpack_nibbles
 
 
 def rows(count: int = 64, columns: int = 256) -> NDArray[np.float32]:
@@ -91,3 +91,37 @@ def test_rows_are_quantised_alone(bits: int) -> None:
     whole, piece = quantize_rows(weights, bits, 32), quantize_rows(weights[10:20], bits, 32)
     np.testing.assert_array_equal(whole.codes[10:20], piece.codes)
     np.testing.assert_array_equal(whole.scales[10:20], piece.scales)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_zero_points_halve_the_error_of_groups_of_one_sign(group: int) -> None:
+    weights = np.abs(rows())
+    errors = []
+    for asymmetric in (False, True):
+        quantized = quantize_rows(weights, 4, group, asymmetric=asymmetric)
+        errors.append(np.linalg.norm(dequantize_rows(quantized, 4, 256) - weights))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_asymmetric_groups_that_lie_on_a_grid_come_back_as_they_were() -> None:
+    rng = np.random.default_rng(2)
+    zero = rng.integers(0, 16, (16, 5, 1))
+    codes = rng.integers(0, 16, (16, 5, 32))
+    codes[..., 0], codes[..., 1] = 0, 15  # the group uses the whole range
+    weights = ((codes - zero) * np.float32(0.25)).astype(np.float32).reshape(16, 160)
+    quantized = quantize_rows(weights, 4, 32, asymmetric=True)
+    assert quantized.zero_points is not None
+    assert quantized.zero_points.shape == (16, 3)  # two to a byte
+    np.testing.assert_array_equal(unpack_nibbles(quantized.zero_points)[:, :5], zero[..., 0])
+    np.testing.assert_allclose(dequantize_rows(quantized, 4, 160), weights, rtol=1e-6)
+
+
+def test_asymmetric_groups_of_zeros_of_one_sign_and_of_huge_weights_stay_finite() -> None:
+    weights = np.zeros((4, 32), np.float32)
+    weights[1] = 1e-42
+    weights[2] = np.linspace(1e38, 3e38, 32)
+    weights[3] = -np.linspace(1, 2, 32)
+    back = dequantize_rows(quantize_rows(weights, 4, 32, asymmetric=True), 4, 32)
+    assert np.isfinite(back).all()
+    assert not back[0].any()
+    np.testing.assert_allclose(back[2:], weights[2:], rtol=0.07)
