@@ -17,7 +17,7 @@ from ohmygpu.convert.source import Source, open_source
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 from tests.convert.gguf_models import MODELS, Float32
 from tests.convert.gguf_writer import ARCHITECTURES, rounded, write_model
-from tests.ladder.gguf import TOLERANCE, error, weights_of
+from tests.ladder.gguf import TOLERANCE, error, error_of_blocks, weights_of
 
 SAME_NAMES = [name for name in MODELS if name != "gpt-oss"]  # it has its experts apart
 
@@ -104,6 +104,20 @@ def test_the_family_reads_the_same_from_it_as_from_config_json(name: str, opened
 @pytest.mark.parametrize("name", MODELS)
 def test_its_logits_are_those_of_the_safetensors_path(name: str) -> None:
     assert error(name) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("gpt2", "Q4_1"),
+        ("gptneox", "Q5_0"),
+        ("llama-biases-tied", "Q4_0"),
+        ("phi3", "MXFP4"),
+        ("stablelm-parallel", "Q5_1"),
+    ],
+)
+def test_the_graph_of_its_blocks_computes_what_their_weights_do(name: str, body: str) -> None:
+    assert error_of_blocks(name, body) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", MODELS)

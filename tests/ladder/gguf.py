@@ -6,8 +6,8 @@ files have; they hold what such files can say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,10 +52,23 @@ def error(name: str) -> float:
     return distance(found, wanted)
 
 
-def _logits(source: Source, folder: Path) -> Float32:
+def error_of_blocks(name: str, body: str) -> float:
+    """How far the logits of a model's blocks of type `body`, kept as they are and multiplied in
+    float32, are from those of the weights they stand for.
+    """
+    config, tensors = MODELS[name], weights_of(name)
+    with TemporaryDirectory() as folder:
+        path = write_model(Path(folder, "m.gguf"), config, tensors, body)
+        with closing(open_source({"m.gguf": path})) as source:
+            found = _logits(source, Path(folder, "blocks"), "exact")
+            wanted = _logits(source, Path(folder, "floats"))
+    return distance(found, wanted)
+
+
+def _logits(source: Source, folder: Path, recipe: str = "f32") -> Float32:
     folder.mkdir()
-    progress: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
-    write_graph(source, folder, recipes.recipe("f32"), recipes.target("cpu"), progress)
+    target = replace(recipes.target("cpu"), accuracy_level=0)
+    write_graph(source, folder, recipes.recipe(recipe), target, lambda done, total: None)
     run = OnnxRun(folder, rows=1, length=_TOKENS + _STEPS)
     ids = [1, *np.random.default_rng(1).integers(3, 262, _TOKENS + _STEPS - 1).tolist()]
     if run.asks_rope_length:
