@@ -314,3 +314,64 @@ def test_a_gguf_turned_into_a_repository_is_the_same_model(
 def test_bfloat16_rounds_to_nearest_even() -> None:
     values = np.random.default_rng(1).standard_normal(10_000).astype(np.float32)
     assert to_bfloat16(values) == values.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def test_headers_of_extreme_values_are_refused_or_read_and_never_anything_else(
+    tmp_path: Path,
+) -> None:
+    extremes = (0, 1, -1, 3, 4, 60, 2**31, 2**63, 2**64, 10**400, 0.5, True, None, "4", [], {})
+    fields = ("dtype", "shape", "data_offsets", "extra")
+    rng = random.Random(11)
+    outcomes = set()
+    for _ in range(1000):
+        header: dict[str, Any] = {"a": spec(0, 60, shape=[3, 5]), "b": spec(60, 64)}
+        for _ in range(rng.randint(1, 2)):
+            entry, field = header[rng.choice("ab")], rng.choice(fields)
+            if rng.random() < 0.3:
+                entry[field] = rng.choice(extremes)
+            elif rng.random() < 0.2:
+                entry.pop(field, None)
+            elif isinstance(entry.get(field), list) and entry[field]:
+                entry[field][rng.randrange(len(entry[field]))] = rng.choice(extremes)
+            else:
+                entry["shape"] = [rng.choice((1, 3, 5, 15)) for _ in range(rng.randint(0, 70))]
+        path = raw_file(tmp_path / ONE, header, bytes(64))
+        try:
+            file = SafetensorsFile(ONE, path)
+            for name, info in file.tensors.items():
+                assert file.read_rows(name, 0, info.shape[0] if info.shape else 1).size <= 16
+            file.close()
+            outcomes.add("read")
+        except OhMyGPUError as error:
+            outcomes.add("refused" if len(error.message) < 1000 else "refused at length")
+    assert outcomes == {"read", "refused"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":[' + b"[]," * 500_000 + b"[]]}",
+        b'{"a":[' + b"{}," * 500_000 + b"{}]}",
+        b"{" + b",".join(b'"%x":0' % number for number in range(200_000)) + b"}",
+        b'{"a":[' + b"1," * 800_000 + b"1]}",
+    ],
+    ids=["lists", "objects", "keys", "numbers"],
+)
+def test_a_long_header_that_is_no_table_is_not_even_parsed(
+    tmp_path: Path, header: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parsed(*_: Any, **__: Any) -> None:
+        raise AssertionError("it would take twenty times its size")
+
+    path = raw_file(tmp_path / ONE, header)
+    monkeypatch.setattr(json, "loads", parsed)
+    with pytest.raises(CorruptFile, match="not a JSON object with an entry for each tensor"):
+        SafetensorsFile(ONE, path)
+
+
+def test_a_long_header_of_many_tensors_is_read(tmp_path: Path) -> None:
+    header = {f"t{number}": spec(4 * number, 4 * number + 4) for number in range(30_000)}
+    assert len(json.dumps(header)) > 1 << 20
+    file = SafetensorsFile(ONE, raw_file(tmp_path / ONE, header, bytes(120_000)))
+    assert len(file.tensors) == 30_000
+    file.close()
