@@ -110,9 +110,16 @@ class IntegerMatrix:
         """scales * (codes - zeros), in the columns' own order."""
         groups = self._groups()
         codes = unpack(self.packed(start, stop), self.bits)[:, : self.shape[1]]
+        zeros = groups.zeros[start:stop].astype(np.float32)
+        scales = groups.scales[start:stop]
         values = codes.astype(np.float32)
-        values -= groups.zeros[start:stop, groups.of_column]
-        values *= groups.scales[start:stop, groups.of_column]
+        if self.layout() is not None and self._order is None:  # groups are equal parts of a row
+            parts = values.reshape(stop - start, zeros.shape[1], -1)
+            parts -= zeros[..., None]
+            parts *= scales[..., None]
+        else:
+            values -= np.take(zeros, groups.of_column, axis=1)
+            values *= np.take(scales, groups.of_column, axis=1)
         return values
 
     def layout(self) -> BlockLayout | None:
