@@ -81,8 +81,10 @@ def read_health(address: Address, status: int, content: bytes) -> Health:
     try:
         return Health.from_dict(json.loads(content))  # also with a 503, while it shuts down
     except (ValueError, KeyError, TypeError) as error:
-        if status >= 400:
-            read_reply(address, status, content)  # raises what it says
+        with contextlib.suppress(ValueError):
+            data = json.loads(content)
+            if status >= 400 and isinstance(data, dict) and isinstance(data.get("error"), dict):
+                raise error_from_wire(data["error"]) from error
         raise NotTheDaemon(
             f"another program listens at {address}; choose another port for the daemon with"
             " `omg config set server.port PORT`"

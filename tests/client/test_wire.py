@@ -5,8 +5,15 @@ import json
 import pytest
 
 from ohmygpu.client import Address
-from ohmygpu.client.wire import ChatDecoder, EventDecoder, LineBuffer, error_from_wire, read_reply
-from ohmygpu.core.errors import DaemonError, InvalidRequest, OhMyGPUError
+from ohmygpu.client.wire import (
+    ChatDecoder,
+    EventDecoder,
+    LineBuffer,
+    error_from_wire,
+    read_health,
+    read_reply,
+)
+from ohmygpu.core.errors import DaemonError, InvalidRequest, NotTheDaemon, OhMyGPUError
 
 HERE = Address("http://127.0.0.1:7")
 
@@ -37,6 +44,14 @@ def test_errors_from_the_wire_keep_code_message_param_and_details() -> None:
 def test_replies_that_no_daemon_gives_are_named_as_such(status: int, content: bytes) -> None:
     with pytest.raises(DaemonError, match=f"answered {status}"):
         read_reply(HERE, status, content)
+
+
+def test_another_program_that_reports_errors_as_ollama_does_is_no_daemon() -> None:
+    with pytest.raises(NotTheDaemon, match="another program"):
+        read_health(Address("http://127.0.0.1:1"), 404, b'{"error": "no such page"}')
+    body = b'{"error": {"code": "http_refusal", "message": "this host may not call"}}'
+    with pytest.raises(OhMyGPUError, match="may not call"):
+        read_health(Address("http://127.0.0.1:1"), 403, body)
 
 
 def test_an_empty_reply_is_an_empty_object() -> None:

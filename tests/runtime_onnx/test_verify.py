@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from ohmygpu.convert.compile import compile_model
 from ohmygpu.convert.source import open_source
 from ohmygpu.convert.tokenizer import prepare_tokenizer
 from ohmygpu.core.errors import CorruptFile, InvalidRequest, OhMyGPUError, RuntimeFailure
@@ -191,3 +192,36 @@ def test_the_worker_ends_with_the_input_that_brought_its_job(exact: Path) -> Non
         assert b"done_bytes" in child.stdout.readline()  # it is at work, and stays so
         child.stdin.close()
         assert child.wait(60) in (0, 70)  # at once, or after the answer where it was quicker
+
+
+@pytest.mark.reference
+def test_a_real_model_measures_as_its_weights_do_in_transformers(
+    smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    files = {smollm2_gguf.name: smollm2_gguf}
+    for recipe in ("f32", "q8"):
+        compile_model(files, tmp_path / recipe, recipe, "cpu")
+    some = dict(list(documents().items())[:2])
+    monkeypatch.setattr(verify, "documents", lambda: some)
+    found = measure(job(tmp_path / "q8", tmp_path / "f32"))
+    assert 1e-4 < found.kl_mean < found.kl_p99 < 0.05
+    assert found.top1_agreement > 0.9
+    source = open_source(files)
+    model = LlamaForCausalLM(LlamaConfig(**source.config)).eval()
+    weights = {name: torch.from_numpy(np.array(source.read(name))) for name in source.tensors}
+    model.load_state_dict(weights, strict=False)  # a tied head has no weights of its own
+    source.close()
+    tokenizer = Tokenizer(tmp_path / "f32", CompiledModel.load(tmp_path / "f32"))
+    losses = []
+    with torch.no_grad():
+        for text in some.values():
+            ids = torch.tensor(tokenizer.encode(text))
+            logits = model(ids[None]).logits[0, SKIPPED_TOKENS:-1]
+            following = ids[SKIPPED_TOKENS + 1 :]
+            losses.append(torch.nn.functional.cross_entropy(logits, following, reduction="none"))
+    perplexity = float(torch.cat(losses).mean().exp())
+    assert found.reference_perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert found.perplexity == pytest.approx(perplexity, rel=0.02)
