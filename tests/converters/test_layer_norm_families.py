@@ -1,4 +1,4 @@
-"""What the ladder does not show of Phi, Phi-3, GPT-2, GPT-NeoX, StableLM and StarCoder2."""
+"""What the ladder does not show of Phi, Phi-3, GPT-2, GPT-NeoX, StableLM, StarCoder2, Falcon."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.onnx_run import OnnxRun
 
 FIRST = {
     name: next(iter(cases(name).values()))
-    for name in ("phi", "phi3", "gpt2", "gpt_neox", "stablelm", "starcoder2")
+    for name in ("phi", "phi3", "gpt2", "gpt_neox", "stablelm", "starcoder2", "falcon")
 }
 
 
@@ -150,6 +150,7 @@ def vars_of(config: Any) -> dict[str, Any]:
         ("gpt2", {"activation_function": "snake"}, "activation 'snake'"),
         ("gpt2", {"add_cross_attention": True}, "cross-attention"),
         ("phi3", {"rope_scaling": {"type": "spiral"}}, "'spiral'.*known: "),
+        ("falcon", {"alibi": True}, "ALiBi"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(
@@ -175,6 +176,8 @@ def test_what_is_not_built_is_refused_by_name(
         ("gpt_neox", {"rotary_pct": 2.0}, "turns 160 of 80"),
         ("gpt_neox", {"layer_norm_eps": 0}, "layer_norm_eps = 0"),
         ("stablelm", {"num_key_value_heads": 4}, "2 attention heads cannot share 4"),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}, "4 attention heads"),
+        ("falcon", {"num_ln_in_parallel_attn": 0}, "num_ln_in_parallel_attn = 0"),
         ("starcoder2", {"norm_epsilon": "small"}, "norm_epsilon = 'small'"),
     ],
 )
