@@ -26,6 +26,7 @@ from .gguf_keys import Keys
 Order = Callable[[Mapping[str, int]], NDArray[np.int64]]
 """Sizes → for each Hugging Face row, the row of the GGUF tensor it is."""
 
+_MAX_STACK = 4096  # experts or heads in one tensor
 _IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _IGNORED_SUFFIX = "attn_rot_embd"  # inverse frequencies that very old converters stored
 
@@ -210,9 +211,11 @@ def place(model: GgufModel, table: Table, sizes: Mapping[str, int]) -> dict[str,
         for name, tensor in model.tensors.items()
         if name not in _IGNORED and not name.endswith(_IGNORED_SUFFIX)
     }
-    layers = sizes["L"]
-    expected = dict(_every_layer(table, min(layers, len(stored))))
-    _check_names(model, table, expected, stored, layers)
+    # No more layers than the file can have, and one: its first tensor is then found missing.
+    needed = sum(not found.optional for key, found in table.items() if key.startswith("blk.N."))
+    layers = min(sizes["L"], len(stored) // needed + 1)
+    expected = dict(_every_layer(table, layers))
+    _check_names(model, table, expected, stored)
     found: dict[str, Placement] = {}
     rows: dict[str, list[NDArray[np.int64] | None]] = {}  # made once for all layers
     for name, (key, layer) in expected.items():
@@ -241,7 +244,6 @@ def _check_names(
     table: Table,
     expected: Mapping[str, tuple[str, int]],
     stored: Mapping[str, GgufTensor],
-    layers: int,
 ) -> None:
     started = {key for name, (key, _) in expected.items() if name in stored}
     missing = [
@@ -249,8 +251,6 @@ def _check_names(
         for name, (key, _) in expected.items()
         if name not in stored and (not table[key].optional or key in started)
     ]
-    if layers > len(stored):
-        missing.append(f"blk.{len(stored)}.attn_norm.weight")
     if missing:
         raise CorruptFile(
             f"{model.name} lacks the tensor {missing[0]}"
@@ -275,6 +275,11 @@ def _check_shape(
         raise CorruptFile(
             f"tensor {tensor.name} of {model.name} has the shape {tensor.shape}, not {shape}; "
             "pull the model again"
+        )
+    if "{}" in found.names[0] and shape[0] > _MAX_STACK:
+        raise CorruptFile(
+            f"tensor {tensor.name} of {model.name} holds {shape[0]} matrices, more than any model "
+            "has experts or heads; pull the model again"
         )
     if tensor.type_name in BLOCK_TYPES and (len(shape) == 1 or found.shift):
         raise CorruptFile(
