@@ -55,7 +55,7 @@ class FloatMatrix:
         values = self.source.read_rows(self.name, start, stop)
         rows = np.arange(start, stop) // self.block[0]
         columns = np.arange(self.shape[1]) // self.block[1]
-        values *= self._factors[rows][:, columns]
+        values *= np.take(self._factors[rows], columns, axis=1)
         return values
 
     def layout(self) -> BlockLayout | None:
