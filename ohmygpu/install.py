@@ -95,6 +95,13 @@ def supported_model_types() -> list[str]:
     return family.supported_model_types()
 
 
+def is_text_part(name: str) -> bool:
+    """Whether models of this family take images too, and their text model alone is compiled."""
+    from .convert import family
+
+    return name in family.TEXT_PARTS
+
+
 def _pull(
     reference: str,
     settings: Settings,

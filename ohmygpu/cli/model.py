@@ -13,6 +13,7 @@ from ohmygpu.core.records import GRAPH_FILE
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
 from ohmygpu.core.sizes import human_bytes, human_count
+from ohmygpu.install import is_text_part
 
 from .catalogue import Catalogue
 from .options import json_option, model_name
@@ -188,7 +189,8 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("adapter", f"{record.adapter.source_ref}{commit}, merged in"))
     if record.recipe_reason:
         rows.append(("recipe chosen", record.recipe_reason))
-    rows.append(("architecture", record.family))
+    part = " (its text model: images are not taken)" if is_text_part(record.family) else ""
+    rows.append(("architecture", record.family + part))
     if entry.parameters is not None:
         rows.append(("parameters", human_count(entry.parameters)))
     if entry.quantization:

@@ -89,6 +89,15 @@ def test_info_explains_source_variant_and_location(home: Path, omg: Omg) -> None
     assert json.loads(omg("show", "org/tiny", "--json").stdout)["location"] == model.location
 
 
+def test_info_says_that_a_text_model_inside_a_larger_one_takes_no_images(
+    home: Path, omg: Omg
+) -> None:
+    install_fake(home, "org/seeing", family="gemma3")
+    assert "gemma3 (its text model: images are not taken)" in omg("show", "org/seeing").stdout
+    install_fake(home, "org/text", family="gemma3_text")
+    assert "images" not in omg("show", "org/text").stdout
+
+
 def measure(home: Path, model: ModelInfo) -> None:
     save_fidelity(Path(str(model.location)), {"model.onnx": FIDELITY})
 
