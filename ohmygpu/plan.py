@@ -5,6 +5,7 @@ Decided from what the provider tells, before a byte of weights moves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ _GROWTH = {
     ("gguf", "q8"): 2.2,
     ("gguf", "q4"): 1.5,
 }
+
+# Quantisations whose blocks have no minimums, in every tensor of a file that is named so.
+_WITHOUT_MINIMUMS = ("Q8_0", "Q6_K", "MXFP4", "F16", "FP16", "BF16", "F32", "FP32")
+_MXFP4 = ("gpt-oss",)  # architectures whose experts are MXFP4, whatever else a file is
+_EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,8 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
                 param="recipe",
             )
     float_bytes = _float_bytes(resolved)
-    chosen = recipes.recipe(asked or recipes.default_recipe(has_blocks, processor, float_bytes))
+    keeps = has_blocks and _experts_can_be_kept(resolved)
+    chosen = recipes.recipe(asked or recipes.default_recipe(keeps, processor, float_bytes))
     recipes.check(chosen, processor, has_blocks)
     variant = chosen.name
     if source_format == "gguf" and resolved.variant:
@@ -128,6 +135,22 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         family="" if source_format == "gguf" else family_name,
         wants_default=resolved.ref.variant is None,
     )
+
+
+def _experts_can_be_kept(resolved: Resolved) -> bool:
+    """Whether `exact` holds the experts of a quantised model, if it has any.
+
+    Mixture-of-experts operators have no place for the minimums of blocks, which most types of
+    GGUF blocks have, and most checkpoints of integers as zero points.
+    """
+    if resolved.source_format == "gguf":
+        label = (quant_label(resolved.files[0].filename) or "").upper()
+        kept = label.startswith(_WITHOUT_MINIMUMS) or resolved.gguf_architecture in _MXFP4
+        return kept or not resolved.gguf_experts
+    config = resolved.config or {}
+    checkpoint = config.get("quantization_config")
+    method = checkpoint.get("quant_method") if isinstance(checkpoint, Mapping) else None
+    return method == "mxfp4" or not any(config.get(key) for key in _EXPERT_COUNTS)
 
 
 def _asked_recipe(

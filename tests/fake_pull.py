@@ -91,6 +91,7 @@ class FakeProvider:
         if "config.json" in content:
             self.config = json.loads(content["config.json"])
         self.gguf_architecture: str | None = None
+        self.gguf_experts = 0
         self.fetches = 0
         self.failure: OhMyGPUError | None = None
         self.at: Callable[[str], None] = lambda _: None
@@ -116,6 +117,7 @@ class FakeProvider:
             config=self.config,
             source_format="gguf" if is_gguf else "safetensors",
             gguf_architecture=self.gguf_architecture,
+            gguf_experts=self.gguf_experts,
         )
 
     def fetch(

@@ -224,6 +224,36 @@ def test_gguf_variants_are_files_and_say_when_they_are_recoded(fake: FakeProvide
     assert do_pull("org/plain", recipe="q4").variant == "q4"
 
 
+@pytest.mark.parametrize(
+    ("filename", "architecture", "experts", "recipe"),
+    [
+        ("moe-Q4_K_M.gguf", "qwen3moe", 128, "q8"),  # minimums, which experts cannot have
+        ("moe-Q8_0.gguf", "qwen3moe", 128, "exact"),
+        ("moe-Q4_K_M.gguf", "gpt-oss", 32, "exact"),  # its experts are MXFP4
+        ("dense-Q4_K_M.gguf", "llama", 0, "exact"),
+    ],
+)
+def test_quantised_experts_are_kept_where_they_can_be(
+    fake: FakeProvider, filename: str, architecture: str, experts: int, recipe: str
+) -> None:
+    fake.content = {filename: b"GGUF"}
+    fake.gguf_architecture, fake.gguf_experts = architecture, experts
+    assert do_pull("org/moe").recipe == recipe
+
+
+@pytest.mark.parametrize(("method", "recipe"), [("mxfp4", "exact"), ("awq", "q8")])
+def test_experts_of_quantised_checkpoints_are_kept_where_they_can_be(
+    fake: FakeProvider, method: str, recipe: str
+) -> None:
+    fake.content = SAFETENSORS
+    fake.config = {
+        "model_type": "gpt_oss",
+        "num_local_experts": 32,
+        "quantization_config": {"quant_method": method, "bits": 4, "version": "gemm"},
+    }
+    assert do_pull("org/moe").recipe == recipe
+
+
 def test_the_configured_recipe_is_the_default(
     fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from .decoder import Emitter
 from .layers import MS, Linear, name_of, trim
 from .weights import Layout, Matrix
 
+_SMALLEST_GROUP = 16
 _WITHOUT_INT8 = 0  # accuracy levels that MoE operators take: this one, and 4
 
 
@@ -127,9 +128,10 @@ def mixture(
         return e.graph.node(f"{path}/experts/MoE", trim(inputs), domain=MS, **attributes)
     inputs = [x, logits, gate_up.data, gate_up.scales, biases[0]]
     inputs += [down.data, down.scales, biases[1]]
+    shares = ""
     if not routing.normalised:
         shares = e.graph.node(f"{path}/router/Softmax", [logits], axis=-1)
-        inputs += [""] * 6 + [shares]
+    inputs += ["", "", "", gate_up.zero_points, down.zero_points, "", shares]
     if e.target.accuracy_level != _WITHOUT_INT8:
         attributes["accuracy_level"] = e.target.accuracy_level
     return e.graph.node(
@@ -172,9 +174,15 @@ def _layout(e: Emitter, experts: Experts) -> Layout:
             tensor=experts.gate_up,
         )
     columns = [e.weights.columns(name) for name in (experts.gate_up, experts.down)]
-    if gate_up != down or any(count % gate_up.group for count in columns):
+    group = min(gate_up.group, down.group)
+    while group > _SMALLEST_GROUP and any(count % group for count in columns):
+        group //= 2
+    if not (gate_up.bits and down.bits) or any(count % group for count in columns):
         return Layout(0)
-    return replace(gate_up, asymmetric=False)
+    bits = max(gate_up.bits, down.bits)
+    # With one group in a row, the operators take zero points in another arrangement.
+    asymmetric = gate_up.asymmetric and down.asymmetric and min(columns) > group
+    return replace(gate_up, bits=bits, group=group, asymmetric=asymmetric)
 
 
 def _stacked(e: Emitter, count: int, name: str, label: str, layout: Layout) -> Matrix:
@@ -187,4 +195,6 @@ def _stacked(e: Emitter, count: int, name: str, label: str, layout: Layout) -> M
     rows = matrix.rows // count
     e.graph.reshape(matrix.data, (count, rows, matrix.columns * matrix.bits // 8))
     e.graph.reshape(matrix.scales, (count, rows, matrix.groups))
+    if matrix.zero_points:
+        e.graph.reshape(matrix.zero_points, (count, rows, -(-matrix.groups // 2)))
     return matrix

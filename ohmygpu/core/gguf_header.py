@@ -9,7 +9,8 @@ import struct
 
 HEAD_BYTES = 16 * 1024  # general.architecture is the first entry that writers write
 _ARCHITECTURE = b"general.architecture"
-_STRING = 8
+_EXPERT_COUNT = b".expert_count"
+_UINT32, _STRING = 4, 8
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
@@ -38,6 +39,19 @@ def architecture_of(head: bytes) -> str | None:
     except struct.error:  # `head` ends here
         return None
     return None
+
+
+def expert_count_of(head: bytes) -> int:
+    """`<architecture>.expert_count` of the GGUF file that begins with `head`; 0 where it has none.
+
+    The entry is looked for by its name: lists, which writers put between, need not be read.
+    """
+    position = head.find(_EXPERT_COUNT)
+    try:
+        kind, count = struct.unpack_from("<II", head, position + len(_EXPERT_COUNT))
+    except struct.error:
+        return 0
+    return int(count) if position >= 0 and kind == _UINT32 else 0
 
 
 def _text(head: bytes, position: int) -> tuple[bytes, int]:

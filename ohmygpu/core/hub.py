@@ -17,7 +17,7 @@ from urllib.parse import quote, urljoin
 
 from .download import Downloader
 from .errors import CorruptFile, InvalidName, ModelNotFound, NetworkError, OhMyGPUError
-from .gguf_header import HEAD_BYTES, architecture_of
+from .gguf_header import HEAD_BYTES, architecture_of, expert_count_of
 from .hashing import as_hex
 from .http import (
     MAX_REDIRECTS,
@@ -292,6 +292,7 @@ class HubProvider:
         chosen = select(by_name, ref.variant, read, info.repo)
         is_gguf = chosen.source_format == "gguf"
         head_url = by_name[chosen.filenames[0]].url
+        head = self.hub.first_bytes(head_url, HEAD_BYTES) if is_gguf else b""
         return Resolved(
             ref=replace(ref, repo=info.repo),
             display_name=info.repo,
@@ -302,9 +303,8 @@ class HubProvider:
             config=chosen.config,
             source_format=chosen.source_format,
             license=info.license,
-            gguf_architecture=architecture_of(self.hub.first_bytes(head_url, HEAD_BYTES))
-            if is_gguf
-            else None,
+            gguf_architecture=architecture_of(head),
+            gguf_experts=expert_count_of(head),
         )
 
     def fetch(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .errors import CorruptFile, InvalidRequest, ModelNotFound, UnsupportedModel
 from .events import Event, EventSink
-from .gguf_header import HEAD_BYTES, architecture_of
+from .gguf_header import HEAD_BYTES, architecture_of, expert_count_of
 from .model_files import (
     PICKLE_SUFFIXES,
     Read,
@@ -131,6 +131,7 @@ class LocalProvider:
             config=None,
             source_format="gguf",
             gguf_architecture=architecture_of(head),
+            gguf_experts=expert_count_of(head),
         )
 
     def _resolve_folder(self, ref: ModelRef, folder: Path, select: Select) -> Resolved:
@@ -155,6 +156,7 @@ class LocalProvider:
             config=chosen.config,
             source_format=chosen.source_format,
             gguf_architecture=architecture_of(heads[0]) if heads else None,
+            gguf_experts=expert_count_of(heads[0]) if heads else 0,
         )
 
     def _select(

@@ -72,6 +72,7 @@ class Resolved:
     source_format: str  # safetensors | gguf
     license: str = ""
     gguf_architecture: str | None = None  # as the file's first bytes say, where they were looked at
+    gguf_experts: int = 0  # experts of a layer, likewise
     adapter: MergedAdapter | None = None  # its files are the last of `files`
 
     @property

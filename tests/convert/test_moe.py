@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ohmygpu.convert import recipes
 from ohmygpu.convert.compile import write_graph
-from ohmygpu.convert.recipes import Target
+from ohmygpu.convert.recipes import Recipe, Target
 from ohmygpu.convert.source import QuantizedBlocks, Source, open_source
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 from tests.ladder.checks import distance
@@ -75,13 +75,45 @@ def test_experts_with_minimums_are_refused_by_exact_and_taken_by_others(tmp_path
     assert distance(logits(source, tmp_path / "q8", "q8"), wanted) < 0.15
 
 
-def test_q4_experts_are_those_of_the_recipe_rounded(tmp_path: Path) -> None:
-    folder = tmp_path / "q4"
-    found = logits(CASE.source(), folder, "q4")
-    assert np.isfinite(found).all()
-    data = (folder / "model.onnx.data").stat().st_size
-    logits(CASE.source(), tmp_path / "f32", "f32")
-    assert data < (tmp_path / "f32" / "model.onnx.data").stat().st_size / 2
+class _ExpertsAlone(Recipe):
+    """4 bits for experts, floats for everything else."""
+
+    def bits(self, name: str, layers: int) -> int:
+        return 4 if ".experts." in name else 0
+
+
+def constant(folder: Path, name: str) -> Any:
+    model = onnx.load(folder / "model.onnx")
+    found = next(item for item in model.graph.initializer if item.name == name)
+    return onnx.numpy_helper.to_array(found, str(folder))
+
+
+def test_q4_experts_compute_what_their_codes_scales_and_zero_points_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases("mixtral")["two_of_four"]
+    monkeypatch.setattr(
+        recipes, "RECIPES", {**recipes.RECIPES, "experts": _ExpertsAlone("experts", 4, 0, 0)}
+    )
+    found = logits(case.source(), tmp_path / "q4", "experts")
+    stated = case.source()
+    kinds = {"gate_up": ("w1", "w3"), "down": ("w2",)}
+    for layer in range(2):
+        for kind, parts in kinds.items():
+            name = f"model.layers.{layer}.moe.experts.{kind}_proj"
+            codes = constant(tmp_path / "q4", f"{name}.weight_q4")  # (experts, rows, columns / 2)
+            scales = constant(tmp_path / "q4", f"{name}.scales")
+            zeros = constant(tmp_path / "q4", f"{name}.zero_points")
+            zeros = np.stack((zeros & 15, zeros >> 4), -1).reshape(*zeros.shape[:2], -1)
+            zeros = zeros[..., : scales.shape[-1], None].astype(np.float32)
+            codes = np.stack((codes & 15, codes >> 4), -1).reshape(*scales.shape, -1)
+            weights = ((codes - zeros) * scales[..., None]).reshape(*codes.shape[:2], -1)
+            for expert, number in np.ndindex(len(weights), len(parts)):
+                prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+                rows = weights[expert, number :: len(parts)]
+                assert np.abs(rows - stated.arrays[f"{prefix}.{parts[number]}.weight"]).max() < 0.1
+                stated.arrays[f"{prefix}.{parts[number]}.weight"] = rows.astype(np.float32)
+    assert distance(found, logits(stated, tmp_path / "f32", "f32")) < 1e-5
 
 
 def test_experts_that_groups_do_not_divide_stay_floats(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ohmygpu.core.gguf_header import HEAD_BYTES, architecture_of
+from ohmygpu.core.gguf_header import HEAD_BYTES, architecture_of, expert_count_of
 from tests.convert.gguf_files import write_gguf
 
 
@@ -53,3 +53,19 @@ def test_plain_entries_before_it_are_passed_over() -> None:
 )
 def test_what_does_not_show_it_tells_nothing(data: bytes) -> None:
     assert architecture_of(data) is None
+
+
+EXPERTS = text(b"llama.expert_count") + struct.pack("<II", 4, 8)
+
+
+@pytest.mark.parametrize("entries", [(LLAMA, EXPERTS), (LLAMA, LIST, EXPERTS)])
+def test_the_number_of_experts_is_found_behind_lists_too(entries: tuple[bytes, ...]) -> None:
+    assert expert_count_of(head(*entries)) == 8
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GGUF", head(LLAMA), head(LLAMA, EXPERTS)[:-1], head(text(b"llama.expert_count"))],
+)
+def test_a_file_that_tells_no_experts_has_none(data: bytes) -> None:
+    assert expert_count_of(data) == 0
