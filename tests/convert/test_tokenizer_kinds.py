@@ -223,19 +223,29 @@ def test_rows_that_fill_a_vocabulary_up_are_ordinary_text() -> None:
     assert "[PAD8]" not in tokenizer.encode("[PAD8]").tokens
 
 
-def test_markers_may_take_the_space_after_them() -> None:
+@pytest.mark.parametrize(("architecture", "strips"), [("phi3", True), ("llama", False)])
+def test_phi_3_markers_take_the_space_after_them(
+    workshop: Workshop, architecture: str, strips: bool
+) -> None:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["a", "▁", "<|end|>", "<|endoftext|>"]
-    kinds = [2, 3, 3, *[6] * 256, 1, 1, 3, 3]
-    pieces = [Piece(text, 0.0, kind) for text, kind in zip(tokens, kinds, strict=True)]
-    tokenizer = build_sentencepiece(
-        pieces, add_space_prefix=False, prefix_once=False, strip_right=["<|end|>"]
+    metadata = llama_metadata(
+        **{
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 1, 1, 3, 3],
+            "tokenizer.ggml.scores": [0.0] * len(tokens),
+            "tokenizer.ggml.add_space_prefix": False,
+        }
     )
-    numbers = {token: number for number, token in enumerate(tokens)}
-    stripped = [numbers[token] for token in ("a", "<|end|>", "a")]
-    assert ids(tokenizer, "a<|end|>\n a") == stripped
-    kept = [numbers[token] for token in ("<|endoftext|>", "▁", "a")]
-    assert ids(tokenizer, "<|endoftext|> a") == kept
+    tensors = llama_tensors(np.random.default_rng(0), embedding="F32")
+    path = write_gguf(workshop.folder / "phi.gguf", metadata, tensors)
+    model = GgufModel({"phi.gguf": path})
+    model.metadata["general.architecture"] = architecture
+    tokenizer = read_gguf_tokenizer(model, len(tokens)).tokenizer
+    model.close()
+    a, space, end, document_end = range(259, 263)
+    assert ids(tokenizer, "a<|end|> a") == ([a, end, a] if strips else [a, end, space, a])
+    assert ids(tokenizer, "<|endoftext|> a") == [document_end, space, a]
 
 
 # --- byte-level BPE of repositories ---
