@@ -67,6 +67,13 @@ SHORT_NAMES: dict[str, str] = {
     "falcon3:3b": "tiiuae/Falcon3-3B-Instruct",
     "falcon3:7b": "tiiuae/Falcon3-7B-Instruct",
     "deepseek-r1:8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "all-minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "all-minilm:22m": "sentence-transformers/all-MiniLM-L6-v2",
+    "all-minilm:33m": "sentence-transformers/all-MiniLM-L12-v2",
+    "mxbai-embed-large": "mixedbread-ai/mxbai-embed-large-v1",
+    "qwen3-embedding:0.6b": "Qwen/Qwen3-Embedding-0.6B",
+    "qwen3-embedding:4b": "Qwen/Qwen3-Embedding-4B",
+    "qwen3-embedding:8b": "Qwen/Qwen3-Embedding-8B",
 }
 """Short name → hub reference, for models of the architectures we convert."""
 

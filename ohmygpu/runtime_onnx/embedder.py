@@ -118,8 +118,8 @@ def fit_context(compiled: CompiledModel, wanted: int, free_bytes: int) -> int:
     """
     if not free_bytes:
         return wanted
-    # the widest moment of a layer: both halves of the feed-forward, and q, k, v with their copies
-    per_token = 4 * (2 * compiled.feed_forward_length + 8 * compiled.hidden_size)
+    # the widest moment of a layer, as measured: the feed-forward, and q, k, v with their copies
+    per_token = 4 * (3 * compiled.feed_forward_length + 12 * compiled.hidden_size)
     weights_bytes = int(compiled.weights_bytes * _PACKED_WEIGHTS) + _WORKING_BYTES
     batch = max(min(wanted, _MIN_CONTEXT_TOKENS), CPU_BATCH_TOKENS)
     needed = weights_bytes + batch * per_token
