@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import gguf
+from . import encoders, gguf
 from .checks import CHECKS, Bench, distance
 from .models import Case, all_cases, families, golden
 
@@ -42,7 +42,7 @@ def page() -> str:
         cells = [_cell(worst[name].get(check), CHECKS[check].tolerance) for check in CHECKS]
         cells.append(_cell(gguf.error_of_family(name), gguf.TOLERANCE))
         lines.append(_row([f"`{name}`", str(count[name]), names[name], *cells]))
-    return _HEAD + "\n".join(lines) + "\n"
+    return _HEAD + "\n".join(lines) + "\n\n" + encoders.section()
 
 
 def _errors(case: Case) -> dict[str, float]:
