@@ -54,7 +54,7 @@ def completion_body(model: str, prompt: str, options: ChatOptions | None) -> dic
 
 
 def _set_fields(message: Message) -> dict[str, Any]:
-    return {key: value for key, value in asdict(message).items() if value is not None}
+    return {key: value for key, value in asdict(message).items() if value not in (None, ())}
 
 
 def read_reply(address: Address, status: int, content: bytes) -> dict[str, Any]:
