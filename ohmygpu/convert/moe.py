@@ -8,7 +8,7 @@ inner, hidden), with a gate's row before each row of up, and `down` (experts, hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 
 from . import config as fields
 from .decoder import Emitter
+from .feed_forward import gated_mlp
 from .layers import MS, Linear, name_of, trim
 from .weights import Layout, Matrix
 
@@ -143,6 +144,18 @@ def mixture(
         weights_prepacked=0,
         **attributes,
     )
+
+
+def shared_expert(e: Emitter, path: str, x: str, block: Sequence[Linear], gate: Linear) -> str:
+    """sigmoid(gate(x)) * the gated feed-forward block (gate, up, down): an expert for all tokens.
+
+    `gate` has one output and is never quantised.
+    """
+    fed = gated_mlp(e, path, x, *block)
+    matrix = e.weights.floats(gate.weight, f"{name_of(path)}.gate")
+    share = e.graph.node(f"{path}/gate/FusedMatMul", [x, matrix.data], domain=MS, transB=1)
+    share = e.graph.node(f"{path}/gate/Sigmoid", [share])
+    return e.graph.node(f"{path}/gate/Mul", [fed, share])
 
 
 def _router_logits(e: Emitter, path: str, x: str, router: Linear) -> str:
