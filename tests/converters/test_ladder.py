@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ohmygpu.convert.family import supported_model_types
+from tests.ladder import encoders
 from tests.ladder.checks import CHECKS, Bench, distance
 from tests.ladder.models import Case, all_cases, cases, families, golden
 from tests.ladder.table import PAGE
@@ -51,7 +52,9 @@ def test_every_decoder_family_has_cases() -> None:
 
 def test_the_page_lists_every_family_and_every_check_and_none_fails() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == families()
+    decoders, _, embedders = page.partition("## Embedding models")
+    assert re.findall(r"^\| `(\w+)`", decoders, re.MULTILINE) == families()
+    assert re.findall(r"^\| `\w+` \| `(\w+)`", embedders, re.MULTILINE) == list(encoders.CASES)
     header = next(line for line in page.splitlines() if line.startswith("| family"))
     assert header.strip("| ").split(" | ") == ["family", "cases", "names", *CHECKS, "GGUF"]
     assert "FAILS" not in page
