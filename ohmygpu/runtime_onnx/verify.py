@@ -24,6 +24,7 @@ from ohmygpu.core.records import GRAPH_FILE, CompiledModel
 
 from .divergence import Comparison, Logits
 from .kv_cache import DeviceKVCache, HostKVCache, KVCache
+from .loading import check_memory
 from .model import check_files
 from .session import open_session, open_streamed
 from .tokenizer import Tokenizer
@@ -78,6 +79,7 @@ def measure(job: VerifyJob, report: Report = lambda done, total: None) -> Fideli
     texts = documents()
     ids = [tokenizer.encode(text)[: compiled.context_length] for text in texts.values()]
     longest = max(map(len, ids))
+    check_memory(compiled, longest, hardware.memory_available_bytes())
     threads = job.threads or hardware.physical_cores()
     reference = GraphRun.streamed(Path(job.reference), longest, threads)
     if reference.vocab_size != compiled.vocab_size:

@@ -17,7 +17,14 @@ from onnx import numpy_helper
 from ohmygpu.convert.compile import compile_model
 from ohmygpu.convert.source import open_source
 from ohmygpu.convert.tokenizer import prepare_tokenizer
-from ohmygpu.core.errors import CorruptFile, InvalidRequest, OhMyGPUError, RuntimeFailure
+from ohmygpu.core import hardware
+from ohmygpu.core.errors import (
+    CorruptFile,
+    InvalidRequest,
+    OhMyGPUError,
+    OutOfMemory,
+    RuntimeFailure,
+)
 from ohmygpu.core.fidelity import TEXT_VERSION, Fidelity
 from ohmygpu.core.records import GRAPH_FILE, TOKENIZER_FILE, CompiledModel
 from ohmygpu.runtime_onnx import verify
@@ -109,11 +116,17 @@ def test_a_graph_is_its_own_equal_and_progress_counts_the_text(exact: Path) -> N
     assert reports == sorted(reports)
 
 
-def test_what_cannot_be_measured_says_why(exact: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_says_why(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CorruptFile, match=r"other\.onnx"):
         measure(job(exact, exact, graph="other.onnx"))
     with pytest.raises(CorruptFile, match=r"compile\.json"):
         measure(job(exact, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "memory_available_bytes", lambda: 1)
+        with pytest.raises(OutOfMemory, match="of memory"):
+            measure(job(exact, exact))
     short = tmp_path / "short"
     write_tiny_model(short, context=SKIPPED_TOKENS)
     with pytest.raises(RuntimeFailure, match="too short"):
