@@ -151,7 +151,7 @@ def shared_expert(e: Emitter, path: str, x: str, block: Sequence[Linear], gate: 
 
     `gate` has one output and is never quantised.
     """
-    fed = gated_mlp(e, path, x, *block)
+    fed = gated_mlp(e, path, x, block[0], block[1], block[2])
     matrix = e.weights.floats(gate.weight, f"{name_of(path)}.gate")
     share = e.graph.node(f"{path}/gate/FusedMatMul", [x, matrix.data], domain=MS, transB=1)
     share = e.graph.node(f"{path}/gate/Sigmoid", [share])
