@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
             "model_type": "gemma3_text",
             "hidden_size": 64,
             "intermediate_size": 96,
+            "max_position_embeddings": 128,
             "num_hidden_layers": 2,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 8,
