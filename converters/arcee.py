@@ -52,10 +52,15 @@ def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
 
     def feed(layer: int, x: str) -> str:
-        prefix, path = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/mlp"
-        up, down = (llama.part(prefix, f"{name}_proj", config.mlp_bias) for name in ("up", "down"))
-        return mlp(e, path, x, up, down, config.activation)
+        return feed_forward(config, e, layer, x)
 
     attend = llama.attention_block(config, e)
     hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
+
+
+def feed_forward(config: llama.Config, e: Emitter, layer: int, x: str) -> str:
+    """The feed-forward block of a layer, without a gate."""
+    prefix, path = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/mlp"
+    up, down = (llama.part(prefix, f"{name}_proj", config.mlp_bias) for name in ("up", "down"))
+    return mlp(e, path, x, up, down, config.activation)

@@ -60,6 +60,7 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
         "gptneox",
         "granite",
         "llama",
+        "nemotron",
         "olmo2",
         "phi2",
         "phi3",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .gguf import GgufModel
 from .gguf_keys import Keys, decoder_config
 from .gguf_names import ATTENTION, QKV_BIASES, Translation, entry, translation
-from .gguf_rope import partial_rotary
+from .gguf_rope import partial_rope_config
 
 _LAYER = "model.layers.N"
 _TABLE = {
@@ -35,7 +35,5 @@ def translate(model: GgufModel) -> Translation:
         "hidden_act": "gelu_new",
         "layer_norm_eps": keys.positive("attention.layer_norm_epsilon"),
         "qk_layernorm": False,
-        "partial_rotary_factor": partial_rotary(keys, config["head_dim"]),
-        "rope_theta": keys.positive("rope.freq_base", 10000.0),
     }
-    return translation(keys, config, _TABLE)
+    return translation(keys, config | partial_rope_config(keys, config), _TABLE)

@@ -17,7 +17,7 @@ _FACTORS = "rope_freqs.weight"
 def rope_config(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta`, and where the file has them `rope_scaling` and `rope_freq_factors`.
 
-    All of a head must turn: see `partial_rotary` for architectures where it need not.
+    All of a head must turn: see `partial_rope_config` for architectures where it need not.
     """
     found = keys.integer("rope.dimension_count", config["head_dim"])
     if found != config["head_dim"]:
@@ -25,14 +25,23 @@ def rope_config(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
             f"{keys.architecture}.rope.dimension_count in {keys.model.name} is {found} where heads "
             f"have {config['head_dim']} dimensions; such models cannot be compiled"
         )
-    rope: dict[str, Any] = {"rope_theta": keys.positive("rope.freq_base", 10000.0)}
-    scaling = _scaling(keys, config)
-    if scaling is not None:
-        rope["rope_scaling"] = scaling
+    rope = _base(keys, config)
     factors = rope_factors(keys, _FACTORS, config["head_dim"] // 2)
     if factors is not None:
         rope["rope_freq_factors"] = factors
     return rope
+
+
+def partial_rope_config(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, `partial_rotary_factor`, and where the file has it `rope_scaling`."""
+    share = partial_rotary(keys, config["head_dim"])
+    return {**_base(keys, config), "partial_rotary_factor": share}
+
+
+def _base(keys: Keys, config: dict[str, Any]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": keys.positive("rope.freq_base", 10000.0)}
+    scaling = _scaling(keys, config)
+    return rope if scaling is None else {**rope, "rope_scaling": scaling}
 
 
 def partial_rotary(keys: Keys, head_dim: int) -> float:

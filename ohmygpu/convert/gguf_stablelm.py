@@ -20,7 +20,7 @@ from .gguf_names import (
     maybe,
     translation,
 )
-from .gguf_rope import partial_rotary
+from .gguf_rope import partial_rope_config
 
 _LAYER = "model.layers.N"
 _TABLE = {
@@ -49,7 +49,5 @@ def translate(model: GgufModel) -> Translation:
         "qk_layernorm": has(model, "attn_q_norm.weight"),
         # The key of this name is not to be trusted: only the missing norm decides, in llama.cpp too
         "use_parallel_residual": not has(model, "ffn_norm.weight"),
-        "partial_rotary_factor": partial_rotary(keys, config["head_dim"]),
-        "rope_theta": keys.positive("rope.freq_base", 10000.0),
     }
-    return translation(keys, config, _TABLE)
+    return translation(keys, config | partial_rope_config(keys, config), _TABLE)

@@ -219,6 +219,14 @@ MODELS: dict[str, dict[str, Any]] = {
         rope_theta=500000.0,
         rope_scaling=_YARN,
     ),
+    "nemotron": _config(
+        "nemotron",
+        "NemotronForCausalLM",
+        _SIZES,
+        norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        rope_theta=10000.0,
+    ),
     "smollm3": _config(
         "smollm3",
         "SmolLM3ForCausalLM",

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "granite": gguf.MODEL_ARCH.GRANITE,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "nemotron": gguf.MODEL_ARCH.NEMOTRON,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "olmo3": gguf.MODEL_ARCH.OLMO2,
     "phi": gguf.MODEL_ARCH.PHI2,
@@ -44,6 +45,7 @@ ARCHITECTURES = {
     "starcoder2": gguf.MODEL_ARCH.STARCODER2,
 }
 _PAIRS = ("llama", "mixtral", "granite", "smollm3")  # RoPE turns neighbours in llama.cpp
+_WHOLE_NORMS = ("gemma", "nemotron")  # norm weights have the 1 added that the model adds
 
 
 Change = Callable[[dict[str, Float32]], dict[str, Float32]]
@@ -121,7 +123,7 @@ def _arranged(config: Config, tensors: Tensors) -> Iterator[tuple[str, Float32]]
             if "k_proj" in name:
                 heads = config.get("num_key_value_heads", heads)
             yield name, _neighbouring_pairs(data, heads)
-        elif kind.startswith("gemma") and name.endswith("norm.weight"):
+        elif kind.startswith(_WHOLE_NORMS) and name.endswith("norm.weight"):
             yield name, data + np.float32(1)
         elif kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, data)
@@ -210,6 +212,7 @@ def _add_settings(writer: Any, config: Config) -> None:
         "gpt_neox": _gpt_neox,
         "gpt_oss": _gpt_oss,
         "granite": _granite,
+        "nemotron": _nemotron,
         "olmo3": _olmo3,
         "phi": _phi,
         "phi3": _phi3,
@@ -279,6 +282,16 @@ def _granite(writer: Any, config: Config) -> None:
     writer.add_embedding_scale(config["embedding_multiplier"])
     writer.add_residual_scale(config["residual_multiplier"])
     writer.add_logit_scale(config["logits_scaling"])
+
+
+def _nemotron(writer: Any, config: Config) -> None:
+    _sizes(writer, config)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_eps(config["norm_eps"])
+    turning = int(config["partial_rotary_factor"] * config["hidden_size"])
+    writer.add_rope_dimension_count(turning // config["num_attention_heads"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
 
 
 def _olmo3(writer: Any, config: Config) -> None:
