@@ -23,6 +23,9 @@ from .gguf_names import (
 from .gguf_rope import partial_rope_config
 
 _LAYER = "model.layers.N"
+_UNGATED_MLP = {
+    name: found for name, found in {**GATED_MLP, **MLP_BIASES}.items() if "ffn_gate" not in name
+}
 _TABLE = {
     **TOP,
     "output_norm.weight": entry("model.norm.weight", "E", shift=ADDED_ONE),
@@ -36,11 +39,7 @@ _TABLE = {
         f"{_LAYER}.post_attention_layernorm.weight", "E", shift=ADDED_ONE
     ),
     "blk.N.ffn_norm.bias": entry(f"{_LAYER}.post_attention_layernorm.bias", "E"),
-    **{
-        name: found
-        for name, found in (GATED_MLP | MLP_BIASES).items()
-        if not name.startswith("blk.N.ffn_gate.")
-    },
+    **_UNGATED_MLP,
 }
 
 

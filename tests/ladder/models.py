@@ -156,6 +156,7 @@ def _transformers_logits(folder: Path, token_ids: list[int]) -> Float32:
     from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder)
     text = type(config) in AutoModelForCausalLM._model_mapping
     loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
