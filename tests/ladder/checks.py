@@ -75,6 +75,12 @@ def prefill(bench: Bench) -> float:
     return distance(bench.all_logits(bench.run())[:PROMPT], bench.wanted[:PROMPT])
 
 
+def prefill_by_position(bench: Bench) -> list[float]:
+    """The error of each position of the prompt, to find what is wrong by."""
+    found = bench.all_logits(bench.run())
+    return [distance(found[at], bench.wanted[at]) for at in range(PROMPT)]
+
+
 def chunked(bench: Bench) -> float:
     """The prompt in three runs."""
     return distance(bench.all_logits(bench.run(), (8, 5))[:PROMPT], bench.wanted[:PROMPT])
