@@ -45,8 +45,13 @@ class Config(llama.Config):
 
 def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
+    return post_norm_weights(config) | query_key_norms(config)
+
+
+def query_key_norms(config: llama.Config) -> dict[str, tuple[int, ...]]:
+    """The norms over all queries of a token, and over all its keys."""
     d = config.decoder
-    found = post_norm_weights(config)
+    found: dict[str, tuple[int, ...]] = {}
     for layer in range(d.layers):
         prefix = f"model.layers.{layer}.self_attn"
         found[f"{prefix}.q_norm.weight"] = (d.heads * d.head_dim,)
@@ -74,7 +79,7 @@ def emit(config: llama.Config, e: Emitter, turns: Sequence[Rotary]) -> None:
     """The graph, with the RoPE of each layer."""
 
     def attend_to(layer: int, x: str) -> str:
-        return _attention(config, e, layer, x, turns[layer])
+        return attention(config, e, layer, x, turns[layer])
 
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(config, e, layer, x)
@@ -101,7 +106,7 @@ def _add_normed(e: Emitter, path: str, x: str, hidden: str) -> str:
     return add(e, f"{path}/residual", hidden, normed)
 
 
-def _attention(config: llama.Config, e: Emitter, layer: int, x: str, turn: Rotary) -> str:
+def attention(config: llama.Config, e: Emitter, layer: int, x: str, turn: Rotary) -> str:
     """Attention with an RMSNorm over all queries of a token, and one over all its keys."""
     path, prefix = llama.attention_path(layer), f"model.layers.{layer}.self_attn"
     qkv, o = llama.projections(config, layer)

@@ -62,6 +62,7 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
         "llama",
         "nemotron",
         "olmo2",
+        "olmoe",
         "phi2",
         "phi3",
         "qwen2",

@@ -227,6 +227,15 @@ MODELS: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.5,
         rope_theta=10000.0,
     ),
+    "olmoe": _config(
+        "olmoe",
+        "OlmoeForCausalLM",
+        _RMS,
+        intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+    ),
     "smollm3": _config(
         "smollm3",
         "SmolLM3ForCausalLM",
