@@ -65,12 +65,14 @@ def test_a_row_that_groups_do_not_divide_is_padded(bits: int) -> None:
     assert np.abs(back - weights).max() < (0.02 if bits == 8 else 0.3)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_group_with_no_number_gets_a_scale_that_shows_it(bits: int, bad: float) -> None:
+@pytest.mark.parametrize(("bits", "asymmetric"), [(8, False), (4, False), (4, True)])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_group_with_no_number_gets_a_scale_that_shows_it(
+    bits: int, asymmetric: bool, bad: float
+) -> None:
     weights = rows(2, 64)
     weights[1, 40] = bad
-    scales = quantize_rows(weights, bits, 32).scales
+    scales = quantize_rows(weights, bits, 32, asymmetric=asymmetric).scales
     assert not np.isfinite(scales[1, 1])
     assert np.isfinite(scales[[0, 0, 1], [0, 1, 0]]).all()
 
