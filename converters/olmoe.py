@@ -1,4 +1,4 @@
-"""OLMoE: Qwen3 MoE's experts in every layer, OLMo 2's norms over queries and keys, Llama's order."""
+"""OLMoE: Llama with Qwen3 MoE's experts, and OLMo 2's norms over queries and keys."""
 
 from __future__ import annotations
 

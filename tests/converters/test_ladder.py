@@ -56,6 +56,7 @@ def test_the_page_lists_every_family_and_every_check_and_none_fails() -> None:
     assert re.findall(r"^\| `(\w+)`", decoders, re.MULTILINE) == families()
     assert re.findall(r"^\| `\w+` \| `(\w+)`", embedders, re.MULTILINE) == list(encoders.CASES)
     header = next(line for line in page.splitlines() if line.startswith("| family"))
-    assert header.strip("| ").split(" | ") == ["family", "cases", "names", *CHECKS, "GGUF"]
+    columns = ["family", "cases", "names", *CHECKS, "GGUF", "chat template"]
+    assert header.strip("| ").split(" | ") == columns
     assert "FAILS" not in page
     assert "NO |" not in page

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import encoders, gguf
+from . import encoders, gguf, templates
 from .checks import CHECKS, Bench, distance
 from .models import Case, all_cases, families, golden
 
@@ -19,7 +19,10 @@ number, on tiny models with random weights; `python -m tests.ladder table` write
 
 **names**: transformers loads the same files with nothing left over or missing. A number is the
 largest error of any logit of any case, relative to the largest logit; a dash means that the check
-does not apply. **GGUF**: the same, between a model's GGUF file and its SafeTensors files.
+does not apply. **GGUF**: the same, between a model's GGUF file and its SafeTensors files; Mistral's
+say that they are `llama`. **chat template**: how templates of the family's models are built that
+know tools, rendered as transformers renders them, with tools, calls and results; a template comes
+from the model's own files, whatever its architecture.
 
 """
 _NONE = "\N{EN DASH}"
@@ -36,11 +39,12 @@ def page() -> str:
             names[case.family] = "NO"
         for check, error in _errors(case).items():
             worst[case.family][check] = max(error, worst[case.family].get(check, 0.0))
-    columns = ["family", "cases", "names", *CHECKS, "GGUF"]
+    columns = ["family", "cases", "names", *CHECKS, "GGUF", "chat template"]
     lines = [_row(columns), _row(["---"] * len(columns))]
     for name in families():
         cells = [_cell(worst[name].get(check), CHECKS[check].tolerance) for check in CHECKS]
         cells.append(_cell(gguf.error_of_family(name), gguf.TOLERANCE))
+        cells.append(templates.cell(name) or _NONE)
         lines.append(_row([f"`{name}`", str(count[name]), names[name], *cells]))
     return _HEAD + "\n".join(lines) + "\n\n" + encoders.section()
 
