@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import add, embedding, lm_head, scaled
 from ohmygpu.convert.norms import layer_norm, skip_layer_norm
-from ohmygpu.convert.rotary import Rotary, rotary
+from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import ViewedSource, neighbours_apart
 from ohmygpu.core.errors import UnsupportedModel
@@ -100,7 +99,8 @@ def build(config: Config, e: Emitter) -> None:
     name = "model.layers.0.input_layernorm"
     normed = layer_norm(e, "/model/layers.0/input_layernorm", hidden, f"{name}.weight", None)
     for layer in range(e.decoder.layers):
-        attended = _attention(config, e, layer, normed, turn if config.turns[layer] else None)
+        turns = turn if config.turns[layer] else None
+        attended = llama.layer_attention(config.base, e, layer, normed, turns)
         fed = llama.feed_forward(config.base, e, layer, normed)
         both = add(e, f"/model/layers.{layer}", attended, fed)
         last = layer + 1 == e.decoder.layers
@@ -109,9 +109,3 @@ def build(config: Config, e: Emitter) -> None:
         normed, hidden = skip_layer_norm(e, f"/model/{path}", both, hidden, weight, None)
     normed = scaled(e, "/lm_head/scaled", normed, config.logit_scale)
     lm_head(e, normed, llama.head(config.base.tie_word_embeddings))
-
-
-def _attention(config: Config, e: Emitter, layer: int, x: str, turn: Rotary | None) -> str:
-    qkv, o = llama.projections(config.base, layer)
-    scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.base.windows[layer])
-    return attention(e, llama.attention_path(layer), x, layer, turn, qkv, o, scores)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import full_every, read_windows
 
 from . import cohere
 from .cohere import build, ignored, view, weights
@@ -32,9 +32,7 @@ class Config(cohere.Config):
         filled = {**DEFAULTS, **config, "head_dim": None}
         base = cohere.read_base(filled)
         period = fields.integer(filled, "sliding_window_pattern", 4)
-        numbers = range(1, base.decoder.layers + 1)
-        usual = [SLIDING if number % period else FULL for number in numbers]
-        windows = read_windows(filled, usual)
+        windows = read_windows(filled, full_every(period, base.decoder.layers))
         turns = tuple(window is not None for window in windows)
         scale = fields.number(filled, "logit_scale")
         return cohere.Config(replace(base, windows=windows), turns, scale)

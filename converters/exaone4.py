@@ -15,7 +15,7 @@ from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, lm_head
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import FULL, full_every, read_windows
 
 from . import llama, olmo2, qwen3
 
@@ -65,7 +65,7 @@ def _usual_types(config: Mapping[str, Any], slides: bool, base: llama.Config) ->
     if not slides or config.get("layer_types") is not None:
         return [FULL] * base.decoder.layers
     period = fields.integer(config, "sliding_window_pattern")
-    return [SLIDING if number % period else FULL for number in range(1, base.decoder.layers + 1)]
+    return full_every(period, base.decoder.layers)
 
 
 def weights(config: Config) -> dict[str, tuple[int, ...]]:

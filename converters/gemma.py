@@ -7,10 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head, scaled
-from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import View, ViewedSource
 from ohmygpu.core.errors import UnsupportedModel
@@ -80,15 +78,10 @@ def scaled_embedding(e: Emitter) -> str:
 
 def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    turn = rotary(e, config.rope)
-    scores = Scores(scale=e.decoder.head_dim**-0.5)
-
-    def attend(layer: int, x: str) -> str:
-        qkv, o = llama.projections(config, layer)
-        return attention(e, llama.attention_path(layer), x, layer, turn, qkv, o, scores)
 
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(config, e, layer, x)
 
+    attend = llama.attention_block(config, e)
     hidden = llama.pre_norm_layers(e, scaled_embedding(e), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))

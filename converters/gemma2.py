@@ -16,7 +16,7 @@ from ohmygpu.convert.layers import lm_head, softcapped_lm_head
 from ohmygpu.convert.norms import rms_norm
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import full_every, read_windows
 
 from . import gemma, llama
 
@@ -62,7 +62,7 @@ class Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
         filled = {**DEFAULTS, **config, "mlp_bias": False}
         base = read_base(filled)
-        usual = [FULL if layer % 2 else SLIDING for layer in range(base.decoder.layers)]
+        usual = full_every(2, base.decoder.layers)
         return Config(
             base=replace(base, windows=read_windows(filled, usual)),
             score_scale=fields.number(filled, "query_pre_attn_scalar") ** -0.5,

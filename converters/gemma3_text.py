@@ -14,7 +14,7 @@ from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.rope import Rope, read_rope, ropes_by_layer
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import full_every, read_windows
 
 from . import gemma, gemma2, llama, qwen3
 
@@ -51,8 +51,7 @@ class Config:
         local["rope_theta"] = filled["rope_local_base_freq"]
         base = gemma2.read_base(everywhere)
         period = fields.integer(filled, "sliding_window_pattern", 6)
-        layers = range(1, base.decoder.layers + 1)
-        usual = [SLIDING if number % period else FULL for number in layers]
+        usual = full_every(period, base.decoder.layers)
         config2 = gemma2.Config(
             base=replace(base, windows=read_windows(filled, usual)),
             score_scale=fields.number(filled, "query_pre_attn_scalar") ** -0.5,

@@ -15,7 +15,7 @@ from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, GatedUnit, Routing, mixture, read_routing
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import full_every, read_windows
 
 from . import llama
 
@@ -77,9 +77,8 @@ class Config:
         if not filled.get("rope_parameters") and not filled.get("rope_scaling"):
             filled["rope_scaling"] = dict(_ROPE)
         base = llama.Config.read(filled)
-        layers = base.decoder.layers
-        usual = [FULL if layer % 2 else SLIDING for layer in range(layers)]
-        base = replace(base, windows=read_windows(filled, usual))
+        windows = read_windows(filled, full_every(2, base.decoder.layers))
+        base = replace(base, windows=windows)
         experts, routing = read_routing(filled, "num_local_experts", normalised=True)
         unit = GatedUnit(
             alpha=fields.number(filled, "swiglu_alpha", 1.702),

@@ -17,7 +17,7 @@ from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.norms import rms_norm, skip_rms_norm
 from ohmygpu.convert.rope import Rope, read_rope
-from ohmygpu.convert.rotary import rotary
+from ohmygpu.convert.rotary import Rotary, rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.core.errors import CorruptFile
 
@@ -138,11 +138,16 @@ def attention_block(config: Config, e: Emitter) -> Block:
     turn = rotary(e, config.rope)
 
     def attend(layer: int, x: str) -> str:
-        scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
-        qkv, o = projections(config, layer)
-        return attention(e, attention_path(layer), x, layer, turn, qkv, o, scores)
+        return layer_attention(config, e, layer, x, turn)
 
     return attend
+
+
+def layer_attention(config: Config, e: Emitter, layer: int, x: str, turn: Rotary | None) -> str:
+    """The attention of one layer; without `turn` it knows no positions."""
+    scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
+    qkv, o = projections(config, layer)
+    return attention(e, attention_path(layer), x, layer, turn, qkv, o, scores)
 
 
 def pre_norm_layers(

@@ -10,7 +10,7 @@ from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.rope import Rope, read_rope, ropes_by_layer
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.windows import FULL, SLIDING, read_windows
+from ohmygpu.convert.windows import full_every, read_windows
 
 from . import llama, olmo2
 
@@ -40,9 +40,8 @@ class Config:
         filled = {**DEFAULTS, **config, "mlp_bias": False}
         everywhere, local = ropes_by_layer(filled)
         base = llama.Config.read(everywhere)
-        numbers = range(1, base.decoder.layers + 1)
-        usual = [SLIDING if number % 4 else FULL for number in numbers]
-        base = replace(base, windows=read_windows(filled, usual))
+        windows = read_windows(filled, full_every(4, base.decoder.layers))
+        base = replace(base, windows=windows)
         return Config(base, read_rope(local, base.decoder.head_dim))
 
 

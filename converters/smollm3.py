@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, lm_head
 from ohmygpu.convert.rotary import rotary
@@ -99,10 +98,7 @@ def build(config: Config, e: Emitter) -> None:
     turn = rotary(e, base.rope)
 
     def attend(layer: int, x: str) -> str:
-        scores = Scores(scale=e.decoder.head_dim**-0.5, window=base.windows[layer])
-        turns = turn if config.turns[layer] else None
-        qkv, o = llama.projections(base, layer)
-        return attention(e, llama.attention_path(layer), x, layer, turns, qkv, o, scores)
+        return llama.layer_attention(base, e, layer, x, turn if config.turns[layer] else None)
 
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(base, e, layer, x)

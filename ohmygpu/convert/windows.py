@@ -12,6 +12,11 @@ from . import config as fields
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def full_every(period: int, layers: int) -> list[str]:
+    """Types of `layers` layers: each `period`-th sees all positions, the others a window."""
+    return [SLIDING if number % period else FULL for number in range(1, layers + 1)]
+
+
 def read_layer_types(config: Mapping[str, Any], usual: Sequence[str]) -> tuple[str, ...]:
     """FULL or SLIDING for each layer: the config's `layer_types`, or `usual` where it has none.
 
