@@ -9,6 +9,7 @@ from typing import Any
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.feed_forward import mlp
 from ohmygpu.convert.layers import embedding, lm_head
+from ohmygpu.convert.residual import pre_norm_layers
 
 from . import llama
 from .llama import ignored, view
@@ -55,7 +56,7 @@ def build(config: llama.Config, e: Emitter) -> None:
         return feed_forward(config, e, layer, x)
 
     attend = llama.attention_block(config, e)
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
 
 

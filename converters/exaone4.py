@@ -13,6 +13,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, lm_head
+from ohmygpu.convert.residual import post_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import FULL, full_every, read_windows
@@ -96,5 +97,5 @@ def build(config: Config, e: Emitter) -> None:
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(base, e, layer, x)
 
-    hidden = olmo2.post_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = post_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(base.tie_word_embeddings))

@@ -9,6 +9,7 @@ from typing import Any
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head, scaled
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import View, ViewedSource
 from ohmygpu.core.errors import UnsupportedModel
@@ -83,5 +84,5 @@ def build(config: llama.Config, e: Emitter) -> None:
         return llama.feed_forward(config, e, layer, x)
 
     attend = llama.attention_block(config, e)
-    hidden = llama.pre_norm_layers(e, scaled_embedding(e), attend, feed)
+    hidden = pre_norm_layers(e, scaled_embedding(e), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))

@@ -13,7 +13,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import lm_head, softcapped_lm_head
-from ohmygpu.convert.norms import rms_norm
+from ohmygpu.convert.residual import Block, sandwich_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import full_every, read_windows
@@ -41,6 +41,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
     }
 )
 """What a key that the config lacks means."""
+
+
+_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +117,16 @@ def build(config: Config, e: Emitter) -> None:
         qkv, o = llama.projections(base, layer)
         return attention(e, llama.attention_path(layer), x, layer, turn, qkv, o, scores)
 
-    capped_head(config, e, sandwich_layers(base, e, attend))
+    capped_head(config, e, layers(base, e, attend))
 
 
-def sandwich_layers(config: llama.Config, e: Emitter, attend: llama.Block) -> str:
-    """The last norm of the scaled embedding after all layers, with norms around either block:
+def layers(config: llama.Config, e: Emitter, attend: Block) -> str:
+    """The last norm of the scaled embedding after all layers."""
 
-    hidden += norm(attend(norm(hidden))), then hidden += norm(feed(norm(hidden))).
-    """
+    def feed(layer: int, x: str) -> str:
+        return llama.feed_forward(config, e, layer, x)
 
-    def attend_normed(layer: int, x: str) -> str:
-        return _norm(e, layer, "post_attention_layernorm", attend(layer, x))
-
-    def feed_normed(layer: int, x: str) -> str:
-        fed = llama.feed_forward(config, e, layer, x)
-        return _norm(e, layer, "post_feedforward_layernorm", fed)
-
-    hidden = gemma.scaled_embedding(e)
-    before_feed = "pre_feedforward_layernorm"
-    return llama.pre_norm_layers(e, hidden, attend_normed, feed_normed, before_feed)
-
-
-def _norm(e: Emitter, layer: int, name: str, x: str) -> str:
-    return rms_norm(e, f"/model/layers.{layer}/{name}", x, f"model.layers.{layer}.{name}.weight")
+    return sandwich_layers(e, gemma.scaled_embedding(e), attend, feed, *_NORMS)
 
 
 def capped_head(config: Config, e: Emitter, hidden: str) -> None:

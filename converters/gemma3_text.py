@@ -88,4 +88,4 @@ def build(config: Config, e: Emitter) -> None:
         scores = Scores(scale=config.gemma2.score_scale, window=window)
         return qwen3.normed_attention(e, layer, x, turns, *llama.projections(base, layer), scores)
 
-    gemma2.capped_head(config.gemma2, e, gemma2.sandwich_layers(base, e, attend))
+    gemma2.capped_head(config.gemma2, e, gemma2.layers(base, e, attend))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head
-from ohmygpu.convert.norms import rms_norm
+from ohmygpu.convert.residual import sandwich_layers
 from ohmygpu.convert.source import Source
 
 from . import glm, llama
@@ -43,19 +43,10 @@ def view(config: llama.Config, source: Source) -> Source:
 
 def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    attend = llama.attention_block(config, e)
-    post_attention, post_mlp = _POST_NORMS
 
-    def attend_normed(layer: int, x: str) -> str:
-        return _norm(e, layer, post_attention, attend(layer, x))
+    def feed(layer: int, x: str) -> str:
+        return llama.feed_forward(config, e, layer, x)
 
-    def feed_normed(layer: int, x: str) -> str:
-        return _norm(e, layer, post_mlp, llama.feed_forward(config, e, layer, x))
-
-    hidden = embedding(e, llama.EMBEDDING)
-    hidden = llama.pre_norm_layers(e, hidden, attend_normed, feed_normed)
+    attend, hidden = llama.attention_block(config, e), embedding(e, llama.EMBEDDING)
+    hidden = sandwich_layers(e, hidden, attend, feed, "post_attention_layernorm", *_POST_NORMS)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
-
-
-def _norm(e: Emitter, layer: int, name: str, x: str) -> str:
-    return rms_norm(e, f"/model/layers.{layer}/{name}", x, f"model.layers.{layer}.{name}.weight")

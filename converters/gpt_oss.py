@@ -13,6 +13,7 @@ from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.experts import ExpertReader, ExpertsSource, SlicePart, Stack, stack_tensors
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, GatedUnit, Routing, mixture, read_routing
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import full_every, read_windows
@@ -190,5 +191,5 @@ def build(config: Config, e: Emitter) -> None:
         path = f"/model/layers.{layer}/moe"
         return mixture(e, path, x, router, stacked, config.routing, config.unit)
 
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.base.tie_word_embeddings))

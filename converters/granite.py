@@ -11,6 +11,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, lm_head, scaled
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 
@@ -98,6 +99,6 @@ def build(config: Config, e: Emitter) -> None:
 
     hidden = embedding(e, llama.EMBEDDING)
     hidden = scaled(e, "/model/embed_tokens/scaled", hidden, config.embedding_multiplier)
-    hidden = llama.pre_norm_layers(e, hidden, attend, feed)
+    hidden = pre_norm_layers(e, hidden, attend, feed)
     hidden = scaled(e, "/lm_head/scaled", hidden, 1 / config.logits_scaling)
     lm_head(e, hidden, llama.head(base.tie_word_embeddings))

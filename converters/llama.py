@@ -6,7 +6,7 @@ Families that differ in a few places import its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,13 @@ from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
 from ohmygpu.convert.layers import Linear, embedding, lm_head
-from ohmygpu.convert.norms import rms_norm, skip_rms_norm
+from ohmygpu.convert.residual import Block, pre_norm_layers
 from ohmygpu.convert.rope import Rope, read_rope
 from ohmygpu.convert.rotary import Rotary, rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.core.errors import CorruptFile
 
 EMBEDDING = "model.embed_tokens.weight"
-
-Block = Callable[[int, str], str]
-"""(layer, normed hidden states) → what the layer's attention or feed-forward adds to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,36 +145,6 @@ def layer_attention(config: Config, e: Emitter, layer: int, x: str, turn: Rotary
     scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
     qkv, o = projections(config, layer)
     return attention(e, attention_path(layer), x, layer, turn, qkv, o, scores)
-
-
-def pre_norm_layers(
-    e: Emitter,
-    hidden: str,
-    attend: Block,
-    feed: Block,
-    norm_before_feed: str = "post_attention_layernorm",
-) -> str:
-    """The last norm of `hidden` after all layers, each with a norm before either block:
-
-    hidden += attend(norm(hidden)), then hidden += feed(norm(hidden)).
-    """
-    first = "layers.0.input_layernorm"
-    normed = rms_norm(e, "/model/layers.0/input_layernorm", hidden, f"model.{first}.weight")
-    for layer in range(e.decoder.layers):
-        attended = attend(layer, normed)
-        following = f"layers.{layer}/{norm_before_feed}"
-        normed, hidden = _residual_norm(e, following, attended, hidden)
-        fed = feed(layer, normed)
-        last = layer + 1 == e.decoder.layers
-        following = "norm" if last else f"layers.{layer + 1}/input_layernorm"
-        normed, hidden = _residual_norm(e, following, fed, hidden)
-    return normed
-
-
-def _residual_norm(e: Emitter, name: str, x: str, hidden: str) -> tuple[str, str]:
-    """(the norm called `name` of x + hidden, x + hidden)."""
-    weight = f"model.{name.replace('/', '.')}.weight"
-    return skip_rms_norm(e, f"/model/{name}", x, hidden, weight)
 
 
 def attention_path(layer: int) -> str:

@@ -11,6 +11,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attend, projections, separate
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, linear, lm_head
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.temperature import position_temperature
@@ -112,5 +113,5 @@ def build(config: Config, e: Emitter) -> None:
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(base, e, layer, x)
 
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend_grown, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend_grown, feed)
     lm_head(e, hidden, llama.head(base.tie_word_embeddings))

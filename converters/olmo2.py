@@ -8,8 +8,9 @@ from typing import Any
 
 from ohmygpu.convert.attention import Scores, attend, projections, separate
 from ohmygpu.convert.decoder import Emitter
-from ohmygpu.convert.layers import add, embedding, linear, lm_head, name_of
+from ohmygpu.convert.layers import embedding, linear, lm_head
 from ohmygpu.convert.norms import rms_norm
+from ohmygpu.convert.residual import post_norm_layers
 from ohmygpu.convert.rotary import Rotary, rotary
 
 from . import llama
@@ -86,24 +87,6 @@ def emit(config: llama.Config, e: Emitter, turns: Sequence[Rotary]) -> None:
 
     hidden = post_norm_layers(e, embedding(e, llama.EMBEDDING), attend_to, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
-
-
-def post_norm_layers(e: Emitter, hidden: str, attend: llama.Block, feed: llama.Block) -> str:
-    """The last norm of `hidden` after all layers, each with a norm behind either block:
-
-    hidden += norm(attend(hidden)), then hidden += norm(feed(hidden)).
-    """
-    for layer in range(e.decoder.layers):
-        path = f"/model/layers.{layer}"
-        hidden = _add_normed(e, f"{path}/post_attention_layernorm", attend(layer, hidden), hidden)
-        hidden = _add_normed(e, f"{path}/post_feedforward_layernorm", feed(layer, hidden), hidden)
-    return rms_norm(e, "/model/norm", hidden, "model.norm.weight")
-
-
-def _add_normed(e: Emitter, path: str, x: str, hidden: str) -> str:
-    """hidden + norm(x), with the norm called `path`."""
-    normed = rms_norm(e, path, x, f"{name_of(path)}.weight")
-    return add(e, f"{path}/residual", hidden, normed)
 
 
 def attention(config: llama.Config, e: Emitter, layer: int, x: str, turn: Rotary) -> str:

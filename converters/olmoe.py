@@ -8,6 +8,7 @@ from typing import Any
 
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.core.errors import UnsupportedModel
 
@@ -69,5 +70,5 @@ def build(config: qwen3_moe.Config, e: Emitter) -> None:
     def feed(layer: int, x: str) -> str:
         return qwen3_moe.experts(config, e, layer, x)
 
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.base.tie_word_embeddings))

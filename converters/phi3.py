@@ -15,6 +15,7 @@ from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
 from ohmygpu.convert.layers import Linear, embedding, lm_head
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rope import Rope
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
@@ -133,5 +134,5 @@ def build(config: Config, e: Emitter) -> None:
         gate, up, down = (Linear(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
         return gated_mlp(e, f"/model/layers.{layer}/mlp", x, gate, up, down, config.activation)
 
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))

@@ -10,6 +10,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import Linear, add, embedding, lm_head
 from ohmygpu.convert.moe import shared_expert
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.windows import FULL, SLIDING, read_windows
 
 from . import llama, qwen2, qwen3_moe
@@ -85,7 +86,7 @@ def build(config: Config, e: Emitter) -> None:
         return add(e, path, qwen3_moe.experts(config, e, layer, x), shared)
 
     attend = llama.attention_block(config.base, e)
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.base.tie_word_embeddings))
 
 

@@ -10,6 +10,7 @@ from ohmygpu.convert.attention import Scores, attend, projections, separate
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import Linear, embedding, linear, lm_head
 from ohmygpu.convert.norms import head_rms_norm
+from ohmygpu.convert.residual import Block, pre_norm_layers
 from ohmygpu.convert.rotary import Rotary, rotary
 
 from . import llama, qwen2
@@ -52,13 +53,11 @@ def build(config: llama.Config, e: Emitter) -> None:
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(config, e, layer, x)
 
-    hidden = llama.pre_norm_layers(
-        e, embedding(e, llama.EMBEDDING), attention_block(config, e), feed
-    )
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attention_block(config, e), feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))
 
 
-def attention_block(config: llama.Config, e: Emitter) -> llama.Block:
+def attention_block(config: llama.Config, e: Emitter) -> Block:
     """The attention of each layer."""
     turn = rotary(e, config.rope)
 

@@ -11,6 +11,7 @@ from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.experts import ExpertsSource, stack_tensors
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, Routing, check_activation, mixture, read_routing
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.source import Source
 from ohmygpu.core.errors import CorruptFile
 
@@ -134,7 +135,7 @@ def build(config: Config, e: Emitter) -> None:
         return experts(config, e, layer, x)
 
     attend = qwen3.attention_block(config.base, e)
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.base.tie_word_embeddings))
 
 

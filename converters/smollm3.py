@@ -10,6 +10,7 @@ from typing import Any
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.decoder import Decoder, Emitter
 from ohmygpu.convert.layers import embedding, lm_head
+from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import FULL, SLIDING, read_windows
@@ -103,5 +104,5 @@ def build(config: Config, e: Emitter) -> None:
     def feed(layer: int, x: str) -> str:
         return llama.feed_forward(base, e, layer, x)
 
-    hidden = llama.pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
+    hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(base.tie_word_embeddings))

@@ -1,7 +1,8 @@
-"""How the blocks of layers with layer norms are joined to the residual stream.
+"""How the blocks of layers are joined to the residual stream, with the norms around them.
 
-A norm is named by the path of its nodes, such as `model/layers.0/input_layernorm`; its weight and
-bias are `model.layers.0.input_layernorm.weight` and `.bias`.
+First layers with RMSNorms, whose names are Llama's; then layers with layer norms, each named by the
+path of its nodes, such as `model/layers.0/input_layernorm`; its weight and bias are
+`model.layers.0.input_layernorm.weight` and `.bias`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,85 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .decoder import Emitter
-from .layers import add
-from .norms import layer_norm, skip_layer_norm
+from .layers import add, name_of
+from .norms import layer_norm, rms_norm, skip_layer_norm, skip_rms_norm
 
 Block = Callable[[int, str], str]
-"""(layer, normed hidden states) → what the block adds to the hidden states."""
+"""(layer, normed hidden states) → what the layer's attention or feed-forward adds to them."""
+
+
+def pre_norm_layers(
+    e: Emitter,
+    hidden: str,
+    attend: Block,
+    feed: Block,
+    norm_before_feed: str = "post_attention_layernorm",
+) -> str:
+    """The last norm of `hidden` after all layers, each with a norm before either block:
+
+    hidden += attend(norm(hidden)), then hidden += feed(norm(hidden)).
+    """
+    first = "layers.0.input_layernorm"
+    normed = rms_norm(e, "/model/layers.0/input_layernorm", hidden, f"model.{first}.weight")
+    for layer in range(e.decoder.layers):
+        attended = attend(layer, normed)
+        following = f"layers.{layer}/{norm_before_feed}"
+        normed, hidden = _residual_norm(e, following, attended, hidden)
+        fed = feed(layer, normed)
+        last = layer + 1 == e.decoder.layers
+        following = "norm" if last else f"layers.{layer + 1}/input_layernorm"
+        normed, hidden = _residual_norm(e, following, fed, hidden)
+    return normed
+
+
+def _residual_norm(e: Emitter, name: str, x: str, hidden: str) -> tuple[str, str]:
+    """(the norm called `name` of x + hidden, x + hidden)."""
+    weight = f"model.{name.replace('/', '.')}.weight"
+    return skip_rms_norm(e, f"/model/{name}", x, hidden, weight)
+
+
+def post_norm_layers(e: Emitter, hidden: str, attend: Block, feed: Block) -> str:
+    """The last norm of `hidden` after all layers, each with a norm behind either block:
+
+    hidden += norm(attend(hidden)), then hidden += norm(feed(hidden)).
+    """
+    for layer in range(e.decoder.layers):
+        path = f"/model/layers.{layer}"
+        hidden = _add_normed(e, f"{path}/post_attention_layernorm", attend(layer, hidden), hidden)
+        hidden = _add_normed(e, f"{path}/post_feedforward_layernorm", feed(layer, hidden), hidden)
+    return rms_norm(e, "/model/norm", hidden, "model.norm.weight")
+
+
+def _add_normed(e: Emitter, path: str, x: str, hidden: str) -> str:
+    """hidden + norm(x), with the norm called `path`."""
+    normed = rms_norm(e, path, x, f"{name_of(path)}.weight")
+    return add(e, f"{path}/residual", hidden, normed)
+
+
+def sandwich_layers(
+    e: Emitter,
+    hidden: str,
+    attend: Block,
+    feed: Block,
+    before_feed: str,
+    after_attend: str,
+    after_feed: str,
+) -> str:
+    """The last norm of `hidden` after all layers, with norms on both sides of either block:
+
+    hidden += norm(attend(norm(hidden))), then hidden += norm(feed(norm(hidden))). The three names
+    are those of the norms that are not `input_layernorm`.
+    """
+
+    def attend_normed(layer: int, x: str) -> str:
+        path = f"/model/layers.{layer}/{after_attend}"
+        return rms_norm(e, path, attend(layer, x), f"{name_of(path)}.weight")
+
+    def feed_normed(layer: int, x: str) -> str:
+        path = f"/model/layers.{layer}/{after_feed}"
+        return rms_norm(e, path, feed(layer, x), f"{name_of(path)}.weight")
+
+    return pre_norm_layers(e, hidden, attend_normed, feed_normed, before_feed)
 
 
 @dataclass(frozen=True, slots=True)
