@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.views import View, ViewedSource, neighbours_apart
+from ohmygpu.convert.views import ViewedSource, gate_and_up_apart, neighbours_apart
 
 from . import llama
 from .llama import build, ignored
@@ -65,12 +65,5 @@ def view(config: llama.Config, source: Source) -> Source:
 
 def apart(config: llama.Config, source: Source, names: Mapping[str, tuple[int, ...]]) -> Source:
     """The tensors `names`, with heads as RoPE over halves reads them, and gate and up apart."""
-    size = config.decoder.feed_forward_length
     views = neighbours_apart(names, config.decoder, config.rope.rotary_dim)
-    for layer in range(config.decoder.layers):
-        prefix = f"model.layers.{layer}.mlp"
-        stacked = f"{prefix}.gate_up_proj.weight"
-        del views[stacked]
-        views[f"{prefix}.gate_proj.weight"] = View(stacked, range(size))
-        views[f"{prefix}.up_proj.weight"] = View(stacked, range(size, 2 * size))
-    return ViewedSource(source, views)
+    return ViewedSource(source, gate_and_up_apart(views, config.decoder))

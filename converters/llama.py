@@ -109,6 +109,12 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def with_norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama, with a bias for each norm: layer norms have one."""
+    norms = [name for name in shapes if name.endswith("norm.weight")]
+    return {**shapes, **{name.replace("weight", "bias"): shapes[name] for name in norms}}
+
+
 def ignored(config: Config, name: str) -> bool:
     """Tensors some files carry that say nothing new: RoPE buffers, a copy of a tied embedding."""
     tied_copy = config.tie_word_embeddings and name == "lm_head.weight"

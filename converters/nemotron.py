@@ -53,9 +53,7 @@ class Config(llama.Config):
 
 def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
-    found = arcee.weights(config)
-    norms = [name for name in found if name.endswith("norm.weight")]
-    return found | {name.replace("weight", "bias"): found[name] for name in norms}
+    return llama.with_norm_biases(arcee.weights(config))
 
 
 def view(config: llama.Config, source: Source) -> Source:

@@ -6,23 +6,23 @@ Newer ones turn a part of each head, and reach past the length they were trained
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
-from ohmygpu.convert.decoder import Decoder, Emitter
-from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.residual import pre_norm_layers
-from ohmygpu.convert.rope import Rope
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
-from ohmygpu.convert.views import View, ViewedSource
+from ohmygpu.convert.views import View, ViewedSource, gate_and_up_apart
 from ohmygpu.convert.windows import read_window
 
 from . import llama
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,28 +41,16 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 """What a key that the config lacks means."""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What a Phi-3's `config.json` decides; every other key of it changes no logits."""
-
-    decoder: Decoder
-    rope: Rope
-    activation: Activation
-    tie_word_embeddings: bool
-    window: int | None  # positions that attention sees; None = all
+class Config(llama.Config):
+    """Llama's, read as Phi-3's configs mean it."""
 
     @staticmethod
-    def read(config: Mapping[str, Any]) -> Config:
+    def read(config: Mapping[str, Any]) -> llama.Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
-        filled = _with_longrope({**DEFAULTS, **config})
-        decoder, rope = llama.read_decoder(filled)
-        return Config(
-            decoder=decoder,
-            rope=rope,
-            activation=read_activation(filled, "hidden_act", "silu"),
-            tie_word_embeddings=fields.flag(filled, "tie_word_embeddings", False),
-            window=read_window(filled, decoder.context_tokens),
-        )
+        filled = {**DEFAULTS, **config, "attention_bias": False, "mlp_bias": False}
+        base = llama.Config.read(_with_longrope(filled))
+        window = read_window(filled, base.decoder.context_tokens)
+        return replace(base, windows=(window,) * base.decoder.layers)
 
 
 def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:
@@ -76,63 +64,39 @@ def _with_longrope(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def weights(config: Config) -> dict[str, tuple[int, ...]]:
+def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     d = config.decoder
-    hidden, feed_forward = d.hidden_size, d.feed_forward_length
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    found: dict[str, tuple[int, ...]] = {
-        llama.EMBEDDING: (d.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+    values = (d.heads + 2 * d.kv_heads) * d.head_dim
+    apart = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    found = {
+        name: s for name, s in llama.weights(config).items() if name.split(".")[-2] not in apart
     }
-    if not config.tie_word_embeddings:
-        found["lm_head.weight"] = (d.vocab_size, hidden)
     for layer in range(d.layers):
         prefix = f"model.layers.{layer}"
-        found |= {
-            f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.self_attn.qkv_proj.weight": (queries + 2 * keys, hidden),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.mlp.gate_up_proj.weight": (2 * feed_forward, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, feed_forward),
-        }
+        found[f"{prefix}.self_attn.qkv_proj.weight"] = (values, d.hidden_size)
+        found[f"{prefix}.mlp.gate_up_proj.weight"] = (2 * d.feed_forward_length, d.hidden_size)
     return found
 
 
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new: RoPE buffers, a copy of a tied embedding."""
-    tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_copy or name.endswith("rotary_emb.inv_freq")
-
-
-def view(config: Config, source: Source) -> Source:
+def view(config: llama.Config, source: Source) -> Source:
     """The files with gate and up apart. Queries, keys and values stay in one matrix."""
-    size = config.decoder.feed_forward_length
     views = {name: View(name) for name in weights(config)}
-    for layer in range(config.decoder.layers):
-        prefix = f"model.layers.{layer}.mlp"
-        stacked = f"{prefix}.gate_up_proj.weight"
-        del views[stacked]
-        views[f"{prefix}.gate_proj.weight"] = View(stacked, range(size))
-        views[f"{prefix}.up_proj.weight"] = View(stacked, range(size, 2 * size))
-    return ViewedSource(source, views)
+    return ViewedSource(source, gate_and_up_apart(views, config.decoder))
 
 
-def build(config: Config, e: Emitter) -> None:
+def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
     turn = rotary(e, config.rope)
-    scores = Scores(scale=config.decoder.head_dim**-0.5, window=config.window)
 
     def attend(layer: int, x: str) -> str:
         path, prefix = llama.attention_path(layer), f"model.layers.{layer}.self_attn"
-        qkv = Linear(f"{prefix}.qkv_proj.weight")
-        return attention(e, path, x, layer, turn, [qkv], Linear(f"{prefix}.o_proj.weight"), scores)
+        qkv, o = (Linear(f"{prefix}.{name}.weight") for name in ("qkv_proj", "o_proj"))
+        scores = Scores(scale=e.decoder.head_dim**-0.5, window=config.windows[layer])
+        return attention(e, path, x, layer, turn, [qkv], o, scores)
 
     def feed(layer: int, x: str) -> str:
-        prefix = f"model.layers.{layer}.mlp"
-        gate, up, down = (Linear(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
-        return gated_mlp(e, f"/model/layers.{layer}/mlp", x, gate, up, down, config.activation)
+        return llama.feed_forward(config, e, layer, x)
 
     hidden = pre_norm_layers(e, embedding(e, llama.EMBEDDING), attend, feed)
     lm_head(e, hidden, llama.head(config.tie_word_embeddings))

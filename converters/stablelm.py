@@ -14,17 +14,13 @@ from typing import Any
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import attend, projections, separate, usual_scores
 from ohmygpu.convert.decoder import Decoder, Emitter
-from ohmygpu.convert.feed_forward import Activation, gated_mlp, read_activation
-from ohmygpu.convert.layers import Linear, embedding, linear, lm_head
+from ohmygpu.convert.layers import embedding, linear, lm_head
 from ohmygpu.convert.norms import own_head_layer_norms
-from ohmygpu.convert.residual import NormNames, parallel_layers, sequential_layers
-from ohmygpu.convert.rope import Rope
-from ohmygpu.convert.rotary import Rotary, rotary
+from ohmygpu.convert.residual import Block, NormNames, parallel_layers, sequential_layers
+from ohmygpu.convert.rotary import rotary
+from ohmygpu.convert.source import Source
 
-from .llama import EMBEDDING, head, part, read_decoder
-from .phi import ignored, view
-
-__all__ = ["Config", "build", "ignored", "view", "weights"]
+from . import llama
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -51,62 +47,40 @@ _NORMS = NormNames("model/layers", "input_layernorm", "post_attention_layernorm"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a StableLM's `config.json` decides; every other key of it changes no logits."""
+    """Llama's config, and how StableLM 2 12B differs."""
 
-    decoder: Decoder
-    rope: Rope
-    activation: Activation
-    use_qkv_bias: bool
+    base: llama.Config
     qk_layernorm: bool
     parallel: bool
-    tie_word_embeddings: bool
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
-        filled = {**DEFAULTS, **config, "head_dim": None}
-        decoder, rope = read_decoder(filled)
+        filled = {**DEFAULTS, **config, "head_dim": None, "mlp_bias": False}
+        filled["attention_bias"] = fields.flag(filled, "use_qkv_bias", False)
+        filled["rms_norm_eps"] = fields.number(filled, "layer_norm_eps")
         return Config(
-            decoder=replace(decoder, norm_epsilon=fields.number(filled, "layer_norm_eps")),
-            rope=rope,
-            activation=read_activation(filled, "hidden_act", "silu"),
-            use_qkv_bias=fields.flag(filled, "use_qkv_bias", False),
+            base=replace(llama.Config.read(filled), output_bias=False),
             qk_layernorm=fields.flag(filled, "qk_layernorm", False),
             parallel=fields.flag(filled, "use_parallel_residual", False),
-            tie_word_embeddings=fields.flag(filled, "tie_word_embeddings", False),
         )
 
 
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     d = config.decoder
-    hidden, feed_forward = d.hidden_size, d.feed_forward_length
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    found: dict[str, tuple[int, ...]] = {EMBEDDING: (d.vocab_size, hidden)}
-    if not config.tie_word_embeddings:
-        found["lm_head.weight"] = (d.vocab_size, hidden)
-    norms = ["input_layernorm"] if config.parallel else ["input_layernorm", _NORMS.second]
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (feed_forward, hidden),
-        "mlp.up_proj": (feed_forward, hidden),
-        "mlp.down_proj": (hidden, feed_forward),
-    }
-    names = [f"model.layers.{layer}.{norm}" for layer in range(d.layers) for norm in norms]
-    for name in ["model.norm", *names]:
-        found |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
-    for layer in range(d.layers):
-        prefix = f"model.layers.{layer}"
-        found |= {f"{prefix}.{name}.weight": shape for name, shape in linears.items()}
-        if config.use_qkv_bias:
-            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-                found[f"{prefix}.{name}.bias"] = linears[name][:1]
-        if config.qk_layernorm:
-            norms_of_heads = _head_norms(layer, "q", d.heads) + _head_norms(layer, "k", d.kv_heads)
-            found |= dict.fromkeys(norms_of_heads, (d.head_dim,))
+    found = llama.with_norm_biases(llama.weights(config.base))
+    if config.parallel:
+        found = {name: shape for name, shape in found.items() if _NORMS.second not in name}
+    if config.qk_layernorm:
+        for layer in range(d.layers):
+            norms = _head_norms(layer, "q", d.heads) + _head_norms(layer, "k", d.kv_heads)
+            found |= dict.fromkeys(norms, (d.head_dim,))
     return found
 
 
@@ -115,33 +89,41 @@ def _head_norms(layer: int, name: str, heads: int) -> list[str]:
     return [f"{prefix}.{number}.weight" for number in range(heads)]
 
 
+def ignored(config: Config, name: str) -> bool:
+    """Tensors some files carry that say nothing new."""
+    return llama.ignored(config.base, name)
+
+
+def view(config: Config, source: Source) -> Source:
+    """The files' own arrangement."""
+    return source
+
+
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    turn = rotary(e, config.rope)
-
-    def attention(layer: int, x: str) -> str:
-        return _attention(config, e, layer, x, turn)
+    base = config.base
 
     def feed(layer: int, x: str) -> str:
-        prefix = f"model.layers.{layer}.mlp"
-        gate, up, down = (Linear(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
-        return gated_mlp(e, f"/model/layers.{layer}/mlp", x, gate, up, down, config.activation)
+        return llama.feed_forward(base, e, layer, x)
 
+    attend = _normed_attention(base, e) if config.qk_layernorm else llama.attention_block(base, e)
     join = parallel_layers if config.parallel else sequential_layers
-    hidden = join(e, embedding(e, EMBEDDING), _NORMS, attention, feed)
-    lm_head(e, hidden, head(config.tie_word_embeddings))
+    hidden = join(e, embedding(e, llama.EMBEDDING), _NORMS, attend, feed)
+    lm_head(e, hidden, llama.head(base.tie_word_embeddings))
 
 
-def _attention(config: Config, e: Emitter, layer: int, x: str, turn: Rotary) -> str:
-    path, prefix = f"/model/layers.{layer}/attn", f"model.layers.{layer}.self_attn"
-    parts = [part(prefix, f"{name}_proj", config.use_qkv_bias) for name in "qkv"]
-    qkv = projections(e, path, x, parts)
-    if config.qk_layernorm:
-        q, k, v = separate(e, path, qkv)
+def _normed_attention(config: llama.Config, e: Emitter) -> Block:
+    """Attention with a layer norm of its own for each head of queries and keys."""
+    turn = rotary(e, config.rope)
+
+    def attend_normed(layer: int, x: str) -> str:
+        path, (qkv, o) = llama.attention_path(layer), llama.projections(config, layer)
+        q, k, v = separate(e, path, projections(e, path, x, qkv))
         q_norms = _head_norms(layer, "q", e.decoder.heads)
         k_norms = _head_norms(layer, "k", e.decoder.kv_heads)
         q = own_head_layer_norms(e, f"{path}/q_layernorm", q, q_norms)
         k = own_head_layer_norms(e, f"{path}/k_layernorm", k, k_norms)
-        qkv = [q, k, v]
-    y = attend(e, path, qkv, layer, turn, usual_scores(e))
-    return linear(e, f"{path}/o_proj", y, [part(prefix, "o_proj", False)])
+        y = attend(e, path, [q, k, v], layer, turn, usual_scores(e))
+        return linear(e, f"{path}/o_proj", y, [o])
+
+    return attend_normed

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ohmygpu.convert import attention as layers
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.attention import Scores
-from ohmygpu.convert.decoder import Decoder, Emitter
-from ohmygpu.convert.feed_forward import Activation, mlp, read_activation
+from ohmygpu.convert.decoder import Emitter
+from ohmygpu.convert.feed_forward import mlp
 from ohmygpu.convert.layers import embedding, lm_head
 from ohmygpu.convert.residual import NormNames, sequential_layers
-from ohmygpu.convert.rope import Rope
-from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.windows import read_window
 
-from .llama import EMBEDDING, head, part, read_decoder
-from .phi import ignored, view
+from . import arcee, llama
+from .llama import ignored, view
 
 __all__ = ["Config", "build", "ignored", "view", "weights"]
 
@@ -43,75 +39,37 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 _NORMS = NormNames("model/layers", "input_layernorm", "post_attention_layernorm", "model/norm")
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What a StarCoder2's `config.json` decides; every other key of it changes no logits."""
-
-    decoder: Decoder
-    rope: Rope
-    activation: Activation
-    use_bias: bool
-    tie_word_embeddings: bool
-    window: int | None  # positions that attention sees; None = all
+class Config(llama.Config):
+    """Llama's, read as StarCoder2's configs mean it."""
 
     @staticmethod
-    def read(config: Mapping[str, Any]) -> Config:
+    def read(config: Mapping[str, Any]) -> llama.Config:
         """Raises CorruptFile for bad fields, UnsupportedModel for what is not built here."""
         filled = {**DEFAULTS, **config}
-        decoder, rope = read_decoder(filled)
-        return Config(
-            decoder=replace(decoder, norm_epsilon=fields.number(filled, "norm_epsilon")),
-            rope=rope,
-            activation=read_activation(filled, "hidden_act", "gelu_pytorch_tanh"),
-            use_bias=fields.flag(filled, "use_bias", True),
-            tie_word_embeddings=fields.flag(filled, "tie_word_embeddings", True),
-            window=read_window(filled, decoder.context_tokens),
-        )
+        bias = fields.flag(filled, "use_bias", True)
+        filled |= {"attention_bias": bias, "mlp_bias": bias}
+        base = llama.Config.read({**filled, "rms_norm_eps": fields.number(filled, "norm_epsilon")})
+        window = read_window(filled, base.decoder.context_tokens)
+        return replace(base, windows=(window,) * base.decoder.layers)
 
 
-def weights(config: Config) -> dict[str, tuple[int, ...]]:
+def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
-    d = config.decoder
-    hidden, feed_forward = d.hidden_size, d.feed_forward_length
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    found: dict[str, tuple[int, ...]] = {EMBEDDING: (d.vocab_size, hidden)}
-    if not config.tie_word_embeddings:
-        found["lm_head.weight"] = (d.vocab_size, hidden)
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.c_fc": (feed_forward, hidden),
-        "mlp.c_proj": (hidden, feed_forward),
-    }
-    norms = ["model.norm"]
-    for layer in range(d.layers):
-        prefix = f"model.layers.{layer}"
-        norms += [f"{prefix}.{_NORMS.first}", f"{prefix}.{_NORMS.second}"]
-        for name, shape in linears.items():
-            found[f"{prefix}.{name}.weight"] = shape
-            if config.use_bias:
-                found[f"{prefix}.{name}.bias"] = shape[:1]
-    for name in norms:
-        found |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    found = llama.with_norm_biases(arcee.weights(config))
+    for name in [name for name in found if ".mlp." in name]:
+        own = name.replace("up_proj", "c_fc").replace("down_proj", "c_proj")
+        found[own] = found.pop(name)
     return found
 
 
-def build(config: Config, e: Emitter) -> None:
+def build(config: llama.Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    turn = rotary(e, config.rope)
-    scores = Scores(scale=config.decoder.head_dim**-0.5, window=config.window)
-
-    def attend(layer: int, x: str) -> str:
-        path, prefix = f"/model/layers.{layer}/attn", f"model.layers.{layer}.self_attn"
-        q, k, v, o = (part(prefix, f"{name}_proj", config.use_bias) for name in "qkvo")
-        return layers.attention(e, path, x, layer, turn, [q, k, v], o, scores)
 
     def feed(layer: int, x: str) -> str:
         prefix = f"model.layers.{layer}.mlp"
-        c_fc, c_proj = (part(prefix, name, config.use_bias) for name in ("c_fc", "c_proj"))
+        c_fc, c_proj = (llama.part(prefix, name, config.mlp_bias) for name in ("c_fc", "c_proj"))
         return mlp(e, f"/model/layers.{layer}/mlp", x, c_fc, c_proj, config.activation)
 
-    hidden = sequential_layers(e, embedding(e, EMBEDDING), _NORMS, attend, feed)
-    lm_head(e, hidden, head(config.tie_word_embeddings))
+    attend, hidden = llama.attention_block(config, e), embedding(e, llama.EMBEDDING)
+    hidden = sequential_layers(e, hidden, _NORMS, attend, feed)
+    lm_head(e, hidden, llama.head(config.tie_word_embeddings))

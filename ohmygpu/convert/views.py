@@ -144,6 +144,18 @@ def neighbours_apart(names: Iterable[str], decoder: Decoder, rotary_dim: int) ->
     }
 
 
+def gate_and_up_apart(views: Mapping[str, View], decoder: Decoder) -> dict[str, View]:
+    """The views with gate_proj and up_proj cut out of each layer's gate_up_proj."""
+    size, changed = decoder.feed_forward_length, dict(views)
+    for layer in range(decoder.layers):
+        prefix = f"model.layers.{layer}.mlp"
+        stacked = f"{prefix}.gate_up_proj.weight"
+        del changed[stacked]
+        changed[f"{prefix}.gate_proj.weight"] = View(stacked, range(size))
+        changed[f"{prefix}.up_proj.weight"] = View(stacked, range(size, 2 * size))
+    return changed
+
+
 def with_class_prefix(source: Source, expected: Collection[str]) -> Source:
     """`source` with the prefix of the model's class ("model.", "transformer.") before its names.
 
