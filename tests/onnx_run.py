@@ -19,12 +19,19 @@ Ids = Sequence[int]
 class OnnxRun:
     """A session over `folder` with KV buffers for `rows` rows of `length` tokens."""
 
-    def __init__(self, folder: Path, rows: int = 1, length: int = 128, threads: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: int = 1,
+        length: int = 128,
+        threads: int = 2,
+        graph: str = GRAPH_FILE,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self.session = ort.InferenceSession(
-            folder / GRAPH_FILE, options, providers=["CPUExecutionProvider"]
+            folder / graph, options, providers=["CPUExecutionProvider"]
         )
         caches = [node for node in self.session.get_inputs() if node.name.startswith("past_")]
         self.length = length

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ohmygpu.core.files import explain
-from ohmygpu.core.records import COMPILE_FILE, CompiledModel
+from ohmygpu.core.records import COMPILE_FILE, PROMPT_GRAPH, CompiledModel
 
 from . import recipes
 from .decoder import Decoder, Emitter
@@ -16,6 +16,7 @@ from .embedding import as_embedding_model, embedder_of, write_embedding_graph
 from .extent import check_context, check_extent
 from .family import CONVERTER_VERSION, check_supported, family
 from .graph import Graph
+from .prompts import halves, wants_prompt_graph, write_prompt_graph
 from .recipes import Recipe, Target
 from .source import Source, open_source
 from .spelling import spelled
@@ -33,8 +34,8 @@ def compile_model(
 ) -> CompiledModel:
     """Compile the model in `files` (name in its repository → path) into the folder `output`.
 
-    Writes model.onnx, model.onnx.data, the tokenizer, the chat template where there is one, and
-    compile.json last. `progress` receives (done_bytes, total_bytes) of the source's weights.
+    Writes model.onnx, prompts.onnx where the target has one, their data, the tokenizer, the chat
+    template where there is one, and compile.json last. `progress` receives (done_bytes, total_bytes) of the source's weights.
     Raises UnsupportedModel, CorruptFile, InvalidRequest (recipe, target) or DiskFull.
     """
     chosen, processor = recipes.recipe(recipe), recipes.target(target)
@@ -90,6 +91,9 @@ def compile_source(
         rope_switch_tokens=decoder.rope_switch_tokens,
         rope_grows=decoder.rope_grows,
         score_heads=decoder.score_heads,
+        prompt_graph=PROMPT_GRAPH if decoder.prompts else "",
+        prompt_bytes=decoder.prompts.used_bytes if decoder.prompts else 0,
+        prompt_rotated=decoder.prompts.rotated if decoder.prompts else False,
         norm_epsilon=decoder.norm_epsilon,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
@@ -118,19 +122,24 @@ def write_graph(
     named = with_class_prefix(source, expected)
     check_names(named, expected, lambda name: builder.ignored(config, name))
     viewed = builder.view(config, named)
+    layers = config.decoder.layers
+    first, second = halves(progress) if wants_prompt_graph(recipe, target) else (progress, None)
     with (
         Graph(output) as graph,
-        closing(Weights(viewed, graph, recipe, target, config.decoder.layers, progress)) as weights,
+        closing(Weights(viewed, graph, recipe, target, layers, first)) as weights,
     ):
         emitter = Emitter(graph, weights, recipe, target, config.decoder)
         builder.build(config, emitter)
         graph.save(str(CONVERTER_VERSION))
-        return _as_built(config.decoder, emitter), graph.weights_bytes
+        built = _as_built(config.decoder, emitter)
+        if second is not None:
+            built = replace(built, prompts=write_prompt_graph(emitter, viewed, second))
+        return built, graph.weights_bytes
 
 
 def _as_built(decoder: Decoder, e: Emitter) -> Decoder:
     """The sizes with what the engine has to know of the RoPE and the attention that were built."""
-    if e.keeps_scores and e.target.name == "cpu":
+    if e.keeps_scores and e.target.device == "cpu":
         decoder = replace(decoder, score_heads=decoder.heads)
     stretched = e.stretched
     if stretched is None:

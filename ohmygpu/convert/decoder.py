@@ -14,6 +14,14 @@ from .weights import Weights
 _HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention's
 
 
+@dataclass(frozen=True, slots=True)
+class PromptGraph:
+    """What the engine and users have to know of a prompts.onnx (`prompts`)."""
+
+    used_bytes: int  # of its constants, those it shares with model.onnx among them
+    rotated: bool  # whether the residual stream is
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """Sizes of a decoder-only transformer, as its config gives them."""
@@ -31,11 +39,27 @@ class Decoder:
     rope_switch_tokens: int = 0  # as in CompiledModel; set when the graph is built
     rope_grows: bool = False
     score_heads: int = 0  # see `core.records.CompiledModel`
+    prompts: PromptGraph | None = None
 
     @property
     def cache_dim(self) -> int:
         """head_dim as the KV cache stores it: padded with zeros to what the attention takes."""
         return -(-self.head_dim // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A linear layer as it was emitted, but for LM heads: y = x @ W.T + bias.
+
+    `x` and `y` are values of the graph; W is the matrices `weights` stacked by rows, its bias the
+    vectors `biases` joined, or none.
+    """
+
+    path: str
+    x: str
+    y: str
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
 
 
 class Emitter:
@@ -70,6 +94,9 @@ class Emitter:
         self.dtype = np.dtype(target.dtype)
         self.group_sums: dict[tuple[str, int], str] = {}  # (value, group) → its sums by group
         self.reordered: dict[tuple[str, tuple[int, ...]], str] = {}  # (value, order) → value
+        self.linear_inputs: dict[str, tuple[str, int]] = {}  # weight → (value it multiplies, K)
+        self.products: list[Product] = []
+        self.embedded: list[str] = []  # rows of embedding matrices
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
         self.stretched: Stretched | None = None  # how they do

@@ -7,7 +7,7 @@ calls give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ohmygpu.core.records import GRAPH_FILE
 
 DATA_FILE = GRAPH_FILE + ".data"
+"""The data file of `model.onnx`; other graphs' are named likewise."""
 
 _OPSETS = {"": 23, "com.microsoft": 1}
 _IR_VERSION = 11
@@ -31,15 +32,17 @@ Shape = Sequence[int | str]
 
 
 class Graph:
-    """Writes `model.onnx` and `model.onnx.data` into `folder`. Use as a context manager.
+    """Writes a graph and its `.data` into `folder`. Use as a context manager.
 
     Values are named by strings. A node is named by its path in the model, such as
     `/model/layers.0/attn/o_proj/MatMulNBits`; its outputs are `<path>/output_<i>`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._data = (folder / DATA_FILE).open("wb")
+    def __init__(self, folder: Path, name: str = GRAPH_FILE) -> None:
+        self.folder = folder
+        self.name = name
+        self._data_file = f"{name}.data"
+        self._data = (folder / self._data_file).open("wb")
         self._offset = 0
         self._nodes: list[onnx.NodeProto] = []
         self._names: set[str] = set()
@@ -135,8 +138,67 @@ class Graph:
         self.input(name, array.dtype, [f"{name}_dim" for _ in array.shape])
         return self.constant(name, array)
 
+    @property
+    def nodes(self) -> Sequence[onnx.NodeProto]:
+        """The nodes so far, in order."""
+        return self._nodes
+
+    @property
+    def constants(self) -> Mapping[str, onnx.TensorProto]:
+        """The constants so far, by name."""
+        return {tensor.name: tensor for tensor in self._initializers}
+
+    @property
+    def inputs(self) -> Sequence[onnx.ValueInfoProto]:
+        """The inputs so far."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Sequence[onnx.ValueInfoProto]:
+        """The outputs so far."""
+        return self._outputs
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the constants in data files, whichever graph wrote them."""
+        places = {
+            tuple(sorted((entry.key, entry.value) for entry in tensor.external_data))
+            for tensor in self._initializers
+        }
+        return sum(int(dict(place).get("length", 0)) for place in places)
+
+    def values(self, name: str) -> NDArray[Any]:
+        """The constant `name`, read back."""
+        tensor = self.constants[name]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            inline: NDArray[Any] = numpy_helper.to_array(tensor)
+            return inline
+        self._data.flush()
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        with (self.folder / place["location"]).open("rb") as file:
+            file.seek(int(place["offset"]))
+            data = file.read(int(place["length"]))
+        array: NDArray[Any] = np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
+        return array
+
+    def take_signature(self, other: Graph) -> None:
+        """Give this graph the inputs and outputs of `other`, a graph in the same folder."""
+        self._inputs.extend(other.inputs)
+        self._outputs.extend(other.outputs)
+
+    def take_constant(self, tensor: onnx.TensorProto) -> None:
+        """Use a constant of another graph in the same folder; its bytes stay where they are."""
+        self._take_name(tensor.name)
+        self._initializers.append(tensor)
+
+    def take_node(self, node: onnx.NodeProto) -> None:
+        """Add a node as it is."""
+        self._take_name(node.name)
+        self._nodes.append(node)
+
     def save(self, producer_version: str) -> None:
-        """Write `model.onnx`; both files are complete then (making them durable is the store's)."""
+        """Write the graph; both files are complete then (making them durable is the store's)."""
         graph = helper.make_graph(
             self._nodes, "model", self._inputs, self._outputs, self._initializers
         )
@@ -149,7 +211,7 @@ class Graph:
             producer_version=producer_version,
         )
         self._data.flush()
-        (self._folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
+        (self.folder / self.name).write_bytes(model.SerializeToString(deterministic=True))
 
     def _external(
         self, name: str, dtype: np.dtype[Any] | type, shape: Sequence[int], start: int, nbytes: int
@@ -161,7 +223,7 @@ class Graph:
             dims=[int(size) for size in shape],
             data_location=TensorProto.EXTERNAL,
         )
-        for key, value in (("location", DATA_FILE), ("offset", start), ("length", nbytes)):
+        for key, value in (("location", self._data_file), ("offset", start), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers.append(tensor)
         return name

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decoder import Emitter
+from .decoder import Emitter, Product
 from .weights import Matrix
 
 MS = "com.microsoft"
@@ -39,7 +39,19 @@ def linear(
     head: bool = False,
     output: str | None = None,
 ) -> str:
-    """x @ weight.T + bias; several parts are stacked into one product. `output` names the result.
+    """x @ weight.T + bias; `parts` are stacked into one product. `output` names the result."""
+    y = _product(e, path, x, parts, head=head, output=output)
+    if not head:
+        weights = tuple(part.weight for part in parts)
+        biases = tuple(part.bias for part in parts if part.bias is not None)
+        e.products.append(Product(path, x, y, weights, biases))
+    return y
+
+
+def _product(
+    e: Emitter, path: str, x: str, parts: Sequence[Linear], *, head: bool, output: str | None
+) -> str:
+    """The nodes of `linear`.
 
     float:      FusedMatMul [─ Add bias]
     quantised:  MatMulNBits
@@ -52,6 +64,8 @@ def linear(
     matrix = e.weights.matrix([part.weight for part in parts], label, head=head)
     biases = [part.bias for part in parts if part.bias is not None]
     bias = e.weights.vector(biases, f"{label}.bias") if biases else ""
+    if not head:
+        e.linear_inputs |= dict.fromkeys((part.weight for part in parts), (x, matrix.columns))
     named = [output] if output else None
     rank = 2 if x == HEAD_ROWS else 3
     if matrix.input_order:
@@ -103,7 +117,14 @@ def _group_sums(e: Emitter, path: str, x: str, matrix: Matrix, rank: int) -> str
 
 
 def embedding(e: Emitter, weight: str, *, path: str = "/model/embed_tokens") -> str:
-    """Rows of the embedding matrix for `input_ids`.
+    """Rows of the embedding matrix for `input_ids`."""
+    rows = _embedding_rows(e, weight, path)
+    e.embedded.append(rows)
+    return rows
+
+
+def _embedding_rows(e: Emitter, weight: str, path: str) -> str:
+    """The nodes of `embedding`.
 
     Quantised matrices are read in place by GatherBlockQuantized, so that an embedding tied to the
     LM head is stored once. Blocks with minimums, or rows that groups do not divide:

@@ -22,11 +22,19 @@ class Target:
     `accuracy_level` 4 quantises activations to int8 in the same groups as the weights: on CPUs it
     is the fast path (the only one for 8 bits); 0 computes in `dtype`, as CUDA does. With it off,
     8-bit graphs on a CPU are exact but far too slow to serve: a reference for tests.
+
+    `integers`: how prompts.onnx (`prompts`) stores its weights, int8 or uint8; "" = there is none.
     """
 
-    name: str  # cpu | cuda
+    name: str
     dtype: str  # float32 | float16
     accuracy_level: int
+    integers: str = ""
+
+    @property
+    def device(self) -> str:
+        """What it runs on: cpu or cuda."""
+        return self.name.partition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class Recipe:
     body_bits: int | None
     sensitive_bits: int | None
     head_bits: int | None  # token embedding and LM head: sensitive too, and shared when tied
+    knows_inputs: bool = False  # 4-bit weights are rounded by what their inputs look like
     groups: tuple[tuple[int, int], ...] = ()  # (bits, weights that share a scale) where not 32
 
     def group(self, bits: int, columns: int) -> int:
@@ -83,6 +92,8 @@ def _is_sensitive_layer(layer: int, layers: int) -> bool:
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "cpu": Target("cpu", "float32", 4),
+        "cpu-int8": Target("cpu-int8", "float32", 4, "int8"),  # multiplies 8-bit integers fast
+        "cpu-uint8": Target("cpu-uint8", "float32", 4, "uint8"),  # correctly, but no faster
         "cuda": Target("cuda", "float16", 0),
     }
 )
@@ -92,6 +103,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "f32": Recipe("f32", 0, 0, 0),  # weights untouched
         "q8": Recipe("q8", 8, 8, 8),  # close to lossless
         "q4": Recipe("q4", 4, 8, 8),  # smallest
+        "q4-high": Recipe("q4-high", 4, 8, 8, knows_inputs=True),  # as small, closer, far slower
         "exact": Recipe("exact", None, None, None),  # quantised weights as they are, bit for bit
     }
 )
@@ -130,7 +142,7 @@ def check(recipe: Recipe, target: Target, has_blocks: bool) -> None:
             "for these choose q8, q4 or f32",
             param="recipe",
         )
-    if recipe.name == "f32" and target.name != "cpu":
+    if recipe.name == "f32" and target.device != "cpu":
         raise InvalidRequest(
             f"the recipe f32 runs on the CPU only ({target.name} has no float32 attention); "
             "choose q8 or q4",
@@ -146,7 +158,7 @@ def default_recipe(has_blocks: bool, target: Target, float_bytes: int) -> str:
     answers of a 135M model change with 8-bit activations). Beyond that, weights that are quantised
     already (`has_blocks`: GGUF, GPTQ, AWQ) are kept (`exact`) and others get `q8`.
     """
-    if target.name == "cpu" and float_bytes <= SMALL_FLOAT_BYTES:
+    if target.device == "cpu" and float_bytes <= SMALL_FLOAT_BYTES:
         return "f32"
     return "exact" if has_blocks else "q8"
 

@@ -11,6 +11,7 @@ from .errors import CorruptFile
 
 COMPILE_FILE = "compile.json"
 GRAPH_FILE = "model.onnx"
+PROMPT_GRAPH = "prompts.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "chat_template.tool_use.jinja"  # for conversations with tools, if another
@@ -121,6 +122,9 @@ class CompiledModel:
         → logits               float32 (R, V)
         → present.{i}.key|value        kv_dtype (B, K, T, D), bound to the same memory as the past
 
+    `prompt_graph`, where there is one, has the same inputs and outputs, and reads and writes the
+    same cache: prompts go through it.
+
     B > 1 needs S == 1 (decode) or all rows starting at 0 (GroupQueryAttention's rule).
 
     The graph of an embedding model (kind "encoder"; E numbers in a vector):
@@ -133,7 +137,7 @@ class CompiledModel:
     family: str
     converter_version: int
     recipe: str
-    target: str  # cpu | cuda
+    target: str  # cpu | cpu-int8 | cpu-uint8 | cuda
     context_length: int  # the model's own, tokens
     vocab_size: int
     layers: int
@@ -159,6 +163,9 @@ class CompiledModel:
     generation: dict[str, float] = field(default_factory=dict)  # the model's sampling defaults
     license: str = ""
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
+    prompt_graph: str = ""  # file of the graph that computes prompts; "" = model.onnx does
+    prompt_bytes: int = 0  # bytes of the weights it uses, those of model.onnx among them
+    prompt_rotated: bool = False  # whether its residual stream is in another basis
     kind: str = "decoder"  # decoder: generates text | encoder: gives one vector for a text
     # of an encoder alone:
     pooling: str = ""  # how tokens become one vector: mean, cls, last, …
