@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import add, embedding, lm_head, scaled
 from ohmygpu.convert.norms import layer_norm, skip_layer_norm
 from ohmygpu.convert.rotary import rotary
@@ -19,6 +19,9 @@ from ohmygpu.convert.views import ViewedSource, neighbours_apart
 from ohmygpu.core.errors import UnsupportedModel
 
 from . import llama
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,17 +44,11 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config, which layers turn queries and keys, and the scale of logits."""
 
-    base: llama.Config
     turns: tuple[bool, ...]  # for each layer
     logit_scale: float
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -77,11 +74,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     found = llama.weights(config.base)
     return {name: shape for name, shape in found.items() if "post_attention" not in name}
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
 
 
 def view(config: Config, source: Source) -> Source:

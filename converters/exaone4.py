@@ -11,14 +11,16 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head
 from ohmygpu.convert.residual import post_norm_layers
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import FULL, full_every, read_windows
 
 from . import llama, olmo2, qwen3
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -40,16 +42,10 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config, and which layers turn queries and keys."""
 
-    base: llama.Config
     turns: tuple[bool, ...]  # for each layer
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -72,16 +68,6 @@ def _usual_types(config: Mapping[str, Any], slides: bool, base: llama.Config) ->
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     return olmo2.post_norm_weights(config.base) | qwen3.head_norms(config.base)
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

@@ -30,7 +30,9 @@ from ohmygpu.convert.source import Source
 from ohmygpu.convert.views import View, ViewedSource
 from ohmygpu.core.errors import UnsupportedModel
 
-from .llama import part, read_decoder
+from .llama import ignored, part, read_decoder
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -130,12 +132,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     for name in norms:
         found |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
     return found
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new: RoPE buffers, a copy of a tied embedding."""
-    tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_copy or name.endswith("rotary_emb.inv_freq")
 
 
 def view(config: Config, source: Source) -> Source:

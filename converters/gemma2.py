@@ -11,7 +11,7 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import lm_head, softcapped_lm_head
 from ohmygpu.convert.residual import Block, sandwich_layers
 from ohmygpu.convert.rotary import rotary
@@ -19,6 +19,9 @@ from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import full_every, read_windows
 
 from . import gemma, llama
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -47,18 +50,12 @@ _NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "post_feedfor
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config, and how scores and logits are made."""
 
-    base: llama.Config
     score_scale: float
     score_cap: float  # 0 = none
     logit_cap: float  # 0 = none
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -93,11 +90,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
         for layer in range(d.layers)
         for name in ("pre", "post")
     }
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
 
 
 def view(config: Config, source: Source) -> Source:

@@ -10,13 +10,16 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.rope import Rope, read_rope, ropes_by_layer
 from ohmygpu.convert.rotary import rotary
 from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import full_every, read_windows
 
 from . import gemma, gemma2, llama, qwen3
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = {
     **gemma2.DEFAULTS,
@@ -32,16 +35,10 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(gemma2.Config):
     """Gemma 2's config, and the RoPE of the layers that see a window."""
 
-    gemma2: gemma2.Config
     local_rope: Rope
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.gemma2.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -52,23 +49,18 @@ class Config:
         base = gemma2.read_base(everywhere)
         period = fields.integer(filled, "sliding_window_pattern", 6)
         usual = full_every(period, base.decoder.layers)
-        config2 = gemma2.Config(
+        return Config(
             base=replace(base, windows=read_windows(filled, usual)),
             score_scale=fields.number(filled, "query_pre_attn_scalar") ** -0.5,
             score_cap=0.0,  # the network has none, whatever the config says
             logit_cap=gemma2.read_cap(filled, "final_logit_softcapping"),
+            local_rope=read_rope(local, base.decoder.head_dim),
         )
-        return Config(config2, read_rope(local, base.decoder.head_dim))
 
 
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
-    return gemma2.weights(config.gemma2) | qwen3.head_norms(config.gemma2.base)
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.gemma2.base, name)
+    return gemma2.weights(config) | qwen3.head_norms(config.base)
 
 
 def view(config: Config, source: Source) -> Source:
@@ -78,14 +70,14 @@ def view(config: Config, source: Source) -> Source:
 
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
-    base = config.gemma2.base
+    base = config.base
     turn = rotary(e, base.rope)
     turn_locally = rotary(e, config.local_rope, "local_rotary")
 
     def attend(layer: int, x: str) -> str:
         window = base.windows[layer]
         turns = turn if window is None else turn_locally
-        scores = Scores(scale=config.gemma2.score_scale, window=window)
+        scores = Scores(scale=config.score_scale, window=window)
         return qwen3.normed_attention(e, layer, x, turns, *llama.projections(base, layer), scores)
 
-    gemma2.capped_head(config.gemma2, e, gemma2.layers(base, e, attend))
+    gemma2.capped_head(config, e, gemma2.layers(base, e, attend))

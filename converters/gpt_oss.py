@@ -9,7 +9,7 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.experts import ExpertReader, ExpertsSource, SlicePart, Stack, stack_tensors
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, GatedUnit, Routing, mixture, read_routing
@@ -19,6 +19,9 @@ from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import full_every, read_windows
 
 from . import llama
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -57,19 +60,13 @@ gate and up in one with alternating rows (MXFP4), or apart (GGUF)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """A Llama with `experts` in place of the feed-forward blocks, stored as `arrangement` says."""
 
-    base: llama.Config
     experts: int
     routing: Routing
     unit: GatedUnit
     arrangement: str
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -126,11 +123,6 @@ def _gate_and_up(arrangement: str, inner: int) -> list[tuple[str, int]]:
     if arrangement == APART:
         return [("gate_proj", inner), ("up_proj", inner)]
     return [("gate_up_proj", 2 * inner)]
-
-
-def ignored(config: Config, name: str) -> bool:
-    """What Llama's files may carry."""
-    return llama.ignored(config.base, name)
 
 
 def view(config: Config, source: Source) -> Source:

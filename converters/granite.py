@@ -9,13 +9,15 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head, scaled
 from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.convert.source import Source
 
 from . import llama
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -40,19 +42,13 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config and the constants."""
 
-    base: llama.Config
     embedding_multiplier: float
     attention_multiplier: float  # of the scores, in place of 1 / √head_dim
     residual_multiplier: float  # of what attention and feed-forward add
     logits_scaling: float  # divides the logits
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -70,16 +66,6 @@ class Config:
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     return llama.weights(config.base)
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

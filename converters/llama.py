@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
@@ -52,6 +52,23 @@ class Config:
             tie_word_embeddings=fields.flag(config, "tie_word_embeddings", False),
             windows=(None,) * decoder.layers,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The config of a family that has more to say than `base`, its part that is Llama's."""
+
+    base: Config
+
+    @property
+    def decoder(self) -> Decoder:
+        """Sizes of the model."""
+        return self.base.decoder
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return self.base.tie_word_embeddings
 
 
 def read_decoder(config: Mapping[str, Any]) -> tuple[Decoder, Rope]:
@@ -115,13 +132,18 @@ def with_norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[i
     return {**shapes, **{name.replace("weight", "bias"): shapes[name] for name in norms}}
 
 
-def ignored(config: Config, name: str) -> bool:
+class _Tied(Protocol):
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+def ignored(config: _Tied, name: str) -> bool:
     """Tensors some files carry that say nothing new: RoPE buffers, a copy of a tied embedding."""
     tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
     return tied_copy or name.endswith("rotary_emb.inv_freq")
 
 
-def view(config: Config, source: Source) -> Source:
+def view(config: object, source: Source) -> Source:
     """The files' own arrangement."""
     return source
 

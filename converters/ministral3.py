@@ -9,15 +9,17 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attend, projections, separate
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, linear, lm_head
 from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.convert.source import Source
 from ohmygpu.convert.temperature import position_temperature
 from ohmygpu.core.errors import CorruptFile
 
 from . import llama, mistral
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -53,17 +55,11 @@ _ROPE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Mistral's config, and how queries grow."""
 
-    base: llama.Config
     beta: float
     original_tokens: int
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -84,16 +80,6 @@ class Config:
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     return llama.weights(config.base)
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.experts import ExpertsSource, stack_tensors
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, Routing, check_activation, mixture, read_routing
@@ -15,6 +15,9 @@ from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.source import Source
 
 from . import llama, mistral
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -36,17 +39,11 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """A Llama whose feed-forward blocks are `experts` times there."""
 
-    base: llama.Config
     experts: int
     routing: Routing
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -69,11 +66,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
             found[f"{prefix}.experts.{expert}.w2.weight"] = (hidden, inner)
             found[f"{prefix}.experts.{expert}.w3.weight"] = (inner, hidden)
     return found
-
-
-def ignored(config: Config, name: str) -> bool:
-    """What Llama's files may carry."""
-    return llama.ignored(config.base, name)
 
 
 def view(config: Config, source: Source) -> Source:

@@ -19,9 +19,10 @@ from ohmygpu.convert.norms import head_layer_norm
 from ohmygpu.convert.residual import NormNames, parallel_layers
 from ohmygpu.convert.rope import Rope
 from ohmygpu.convert.rotary import Rotary, rotary
-from ohmygpu.convert.source import Source
 
-from .llama import part, read_decoder
+from .llama import ignored, part, read_decoder, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -96,17 +97,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
             found[f"model.layers.{layer}.{name}.weight"] = shape
             found[f"model.layers.{layer}.{name}.bias"] = shape[:1]
     return found
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new: RoPE buffers, a copy of a tied embedding."""
-    tied_copy = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_copy or name.endswith("rotary_emb.inv_freq")
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

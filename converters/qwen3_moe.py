@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.experts import ExpertsSource, stack_tensors
 from ohmygpu.convert.layers import Linear, embedding, lm_head
 from ohmygpu.convert.moe import Experts, Routing, check_activation, mixture, read_routing
@@ -16,6 +16,9 @@ from ohmygpu.convert.source import Source
 from ohmygpu.core.errors import CorruptFile
 
 from . import llama, qwen3
+from .llama import ignored
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 151936,
@@ -36,19 +39,13 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """A Qwen3 whose `sparse` layers have experts with `inner` values between their projections."""
 
-    base: llama.Config
     experts: int
     inner: int
     routing: Routing
     sparse: tuple[bool, ...]
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -106,11 +103,6 @@ def with_experts(
                 found[f"{place}experts.{expert}.{name}_proj.weight"] = shape
             found[f"{place}experts.{expert}.down_proj.weight"] = (hidden, inner)
     return found
-
-
-def ignored(config: Config, name: str) -> bool:
-    """What Llama's files may carry."""
-    return llama.ignored(config.base, name)
 
 
 def view(config: Config, source: Source) -> Source:

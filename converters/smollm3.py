@@ -8,15 +8,17 @@ from types import MappingProxyType
 from typing import Any
 
 from ohmygpu.convert import config as fields
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head
 from ohmygpu.convert.residual import pre_norm_layers
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.convert.source import Source
 from ohmygpu.convert.windows import FULL, SLIDING, read_windows
 from ohmygpu.core.errors import CorruptFile
 
 from . import llama
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,16 +43,10 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config, and which layers turn queries and keys."""
 
-    base: llama.Config
     turns: tuple[bool, ...]  # for each layer
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -81,16 +77,6 @@ def _read_turns(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     return llama.weights(config.base)
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

@@ -13,14 +13,16 @@ from typing import Any
 
 from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import attend, projections, separate, usual_scores
-from ohmygpu.convert.decoder import Decoder, Emitter
+from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, linear, lm_head
 from ohmygpu.convert.norms import own_head_layer_norms
 from ohmygpu.convert.residual import Block, NormNames, parallel_layers, sequential_layers
 from ohmygpu.convert.rotary import rotary
-from ohmygpu.convert.source import Source
 
 from . import llama
+from .llama import ignored, view
+
+__all__ = ["Config", "build", "ignored", "view", "weights"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -46,17 +48,11 @@ _NORMS = NormNames("model/layers", "input_layernorm", "post_attention_layernorm"
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(llama.Extended):
     """Llama's config, and how StableLM 2 12B differs."""
 
-    base: llama.Config
     qk_layernorm: bool
     parallel: bool
-
-    @property
-    def decoder(self) -> Decoder:
-        """Sizes of the model."""
-        return self.base.decoder
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Config:
@@ -87,16 +83,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
 def _head_norms(layer: int, name: str, heads: int) -> list[str]:
     prefix = f"model.layers.{layer}.self_attn.{name}_layernorm.norms"
     return [f"{prefix}.{number}.weight" for number in range(heads)]
-
-
-def ignored(config: Config, name: str) -> bool:
-    """Tensors some files carry that say nothing new."""
-    return llama.ignored(config.base, name)
-
-
-def view(config: Config, source: Source) -> Source:
-    """The files' own arrangement."""
-    return source
 
 
 def build(config: Config, e: Emitter) -> None:

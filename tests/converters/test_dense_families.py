@@ -96,6 +96,6 @@ def test_gemma_3_reads_two_ropes_from_old_and_new_configs_alike() -> None:
     )
     for found in (old, new):
         assert found.decoder.rope_theta == 3e5
-        assert found.gemma2.base.rope.frequencies[0] == 0.125
+        assert found.base.rope.frequencies[0] == 0.125
         assert found.local_rope.theta == 2e3
         assert found.local_rope.frequencies[0] == 1.0
