@@ -35,13 +35,22 @@ _PACKAGE = "ohmygpu.converters"
 ALIASES: Mapping[str, str] = {
     "camembert": "roberta",
     "code_llama": "llama",
+    "internvl": "llava",
     "llava_next": "llava",
+    "llava_next_video": "llava",
+    "llava_onevision": "llava",
+    "vipllava": "llava",
     "xlm-roberta": "roberta",
 }
 
 # families that make vectors of texts, in both directions at once, and never generate
 ENCODERS = frozenset({"bert", "distilbert", "modernbert", "mpnet", "roberta"})
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForPreTraining")  # endings of `architectures`
+
+OVERFLOWS_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text"})
+"""Families whose residual stream exceeds 65504, the largest float16, as they were trained in
+bfloat16: GPUs compute in that.
+"""
 
 TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
 """Families of multimodal models, of which the text model alone is built → the type of a text model

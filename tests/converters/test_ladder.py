@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ohmygpu.convert.family import supported_model_types
+from ohmygpu.convert.family import ALIASES, supported_model_types
 from tests.ladder import encoders
 from tests.ladder.checks import CHECKS, Bench, distance
 from tests.ladder.models import Case, all_cases, cases, families, golden
@@ -58,5 +58,6 @@ def test_the_page_lists_every_family_and_every_check_and_none_fails() -> None:
     header = next(line for line in page.splitlines() if line.startswith("| family"))
     columns = ["family", "cases", "names", *CHECKS, "GGUF", "chat template"]
     assert header.strip("| ").split(" | ") == columns
+    assert set(re.findall(r"`([\w-]+)` is built as", decoders)) == set(ALIASES)
     assert "FAILS" not in page
     assert "NO |" not in page

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ohmygpu.convert.family import ALIASES
+
 from . import encoders, gguf, templates
 from .checks import CHECKS, Bench, distance
 from .models import Case, all_cases, families, golden
@@ -46,7 +48,12 @@ def page() -> str:
         cells.append(_cell(gguf.error_of_family(name), gguf.TOLERANCE))
         cells.append(templates.cell(name) or _NONE)
         lines.append(_row([f"`{name}`", str(count[name]), names[name], *cells]))
-    return _HEAD + "\n".join(lines) + "\n\n" + encoders.section()
+    return _HEAD + "\n".join(lines) + "\n\n" + _aliases() + encoders.section()
+
+
+def _aliases() -> str:
+    names = (f"`{name}` is built as `{family}`" for name, family in sorted(ALIASES.items()))
+    return f"The same network under another `model_type`: {', '.join(names)}.\n\n"
 
 
 def _errors(case: Case) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tiny LLaVAs: text models of several families."""
+"""Tiny LLaVAs and models like it: text models of several families."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ BASE: dict[str, Any] = {
     "image_token_index": 2,
 }
 
+_SIGLIP: dict[str, Any] = {**BASE["vision_config"], "model_type": "siglip_vision_model"}
+_INTERNVL: dict[str, Any] = {
+    **BASE["vision_config"],
+    "model_type": "internvl_vision",
+    "image_size": [28, 28],
+    "patch_size": [14, 14],
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"text_config": _TEXT | {"model_type": "mistral", "sliding_window": 8}},
@@ -38,4 +46,25 @@ CASES: dict[str, dict[str, Any]] = {
         "architectures": ["LlavaNextForConditionalGeneration"],
     },
     "qwen2": {"text_config": _TEXT | {"model_type": "qwen2", "tie_word_embeddings": True}},
+    "next_video": {
+        "model_type": "llava_next_video",
+        "architectures": ["LlavaNextVideoForConditionalGeneration"],
+    },
+    "onevision": {
+        "model_type": "llava_onevision",
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": _SIGLIP,
+    },
+    "internvl": {
+        "model_type": "internvl",
+        "architectures": ["InternVLForConditionalGeneration"],
+        "text_config": _TEXT | {"model_type": "qwen2"},
+        "vision_config": _INTERNVL,
+        "image_token_id": 2,
+    },
+    "vip": {
+        "model_type": "vipllava",
+        "architectures": ["VipLlavaForConditionalGeneration"],
+    },
 }
