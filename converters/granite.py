@@ -11,7 +11,7 @@ from ohmygpu.convert import config as fields
 from ohmygpu.convert.attention import Scores, attention
 from ohmygpu.convert.decoder import Emitter
 from ohmygpu.convert.layers import embedding, lm_head, scaled
-from ohmygpu.convert.residual import pre_norm_layers
+from ohmygpu.convert.residual import Block, pre_norm_layers
 from ohmygpu.convert.rotary import rotary
 
 from . import llama
@@ -70,6 +70,15 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
 
 def build(config: Config, e: Emitter) -> None:
     """Emit the graph, from token ids to logits."""
+
+    def feed(layer: int, x: str) -> str:
+        return llama.feed_forward(config.base, e, layer, x)
+
+    emit(config, e, feed)
+
+
+def emit(config: Config, e: Emitter, feed: Block) -> None:
+    """The graph, with these feed-forward blocks."""
     base = config.base
     turn = rotary(e, base.rope)
 
@@ -79,12 +88,12 @@ def build(config: Config, e: Emitter) -> None:
         y = attention(e, path, x, layer, turn, *llama.projections(base, layer), scores)
         return scaled(e, f"{path}/residual", y, config.residual_multiplier)
 
-    def feed(layer: int, x: str) -> str:
-        y = llama.feed_forward(base, e, layer, x)
-        return scaled(e, f"/model/layers.{layer}/mlp/residual", y, config.residual_multiplier)
+    def feed_scaled(layer: int, x: str) -> str:
+        path = f"/model/layers.{layer}/mlp/residual"
+        return scaled(e, path, feed(layer, x), config.residual_multiplier)
 
     hidden = embedding(e, llama.EMBEDDING)
     hidden = scaled(e, "/model/embed_tokens/scaled", hidden, config.embedding_multiplier)
-    hidden = pre_norm_layers(e, hidden, attend, feed)
+    hidden = pre_norm_layers(e, hidden, attend, feed_scaled)
     hidden = scaled(e, "/lm_head/scaled", hidden, 1 / config.logits_scaling)
     lm_head(e, hidden, llama.head(base.tie_word_embeddings))
