@@ -46,7 +46,7 @@ ARCHITECTURES = {
     "starcoder2": gguf.MODEL_ARCH.STARCODER2,
 }
 _PAIRS = ("llama", "mixtral", "granite", "smollm3")  # RoPE turns neighbours in llama.cpp
-_WHOLE_NORMS = ("gemma", "nemotron")  # norm weights have the 1 added that the model adds
+WHOLE_NORMS = ("gemma", "nemotron")  # norm weights have the 1 added that the model adds
 
 
 Change = Callable[[dict[str, Float32]], dict[str, Float32]]
@@ -124,7 +124,7 @@ def _arranged(config: Config, tensors: Tensors) -> Iterator[tuple[str, Float32]]
             if "k_proj" in name:
                 heads = config.get("num_key_value_heads", heads)
             yield name, _neighbouring_pairs(data, heads)
-        elif kind.startswith(_WHOLE_NORMS) and name.endswith("norm.weight"):
+        elif kind.startswith(WHOLE_NORMS) and name.endswith("norm.weight"):
             yield name, data + np.float32(1)
         elif kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, data)

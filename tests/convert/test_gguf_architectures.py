@@ -16,7 +16,7 @@ from ohmygpu.convert.family import GGUF_ARCHITECTURES, check_supported, family
 from ohmygpu.convert.source import Source, open_source
 from ohmygpu.core.errors import CorruptFile, UnsupportedModel
 from tests.convert.gguf_models import MODELS, Float32
-from tests.convert.gguf_writer import ARCHITECTURES, rounded, write_model
+from tests.convert.gguf_writer import ARCHITECTURES, WHOLE_NORMS, rounded, write_model
 from tests.ladder.gguf import TOLERANCE, error, error_of_blocks, weights_of
 
 SAME_NAMES = [name for name in MODELS if name != "gpt-oss"]  # it has its experts apart
@@ -71,7 +71,7 @@ def test_the_weights_are_those_of_the_safetensors_files(name: str, opened: Opene
     for tensor, values in tensors.items():
         found = as_stored(source.config, tensor, source)
         # These norm weights lose a bit when 1 is added to them and taken away again.
-        slack = 2.5e-7 if name.startswith(("gemma", "nemotron")) and values.ndim == 1 else 0.0
+        slack = 2.5e-7 if name.startswith(WHOLE_NORMS) and values.ndim == 1 else 0.0
         np.testing.assert_allclose(found, values, rtol=0, atol=slack, err_msg=tensor)
 
 
