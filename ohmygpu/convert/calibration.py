@@ -39,7 +39,8 @@ class Calibration:
             return None
         if self._ready is None or self._ready[0] != file:
             self._ready = None  # free the last one first
-            self._ready = file, Feedback(np.load(self._folder / file))
+            with np.load(self._folder / file) as arrays:
+                self._ready = file, Feedback(arrays["moments"], arrays["squares"])
         return self._ready[1]
 
 

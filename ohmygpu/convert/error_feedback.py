@@ -2,7 +2,13 @@
 
 GPTQ (arXiv 2210.17323): columns are rounded one after another, and the columns still to come take
 over the error each one makes in the layer's output, as far as the inputs are correlated. What is
-known of the inputs x of a layer is the matrix of their second moments, sum of x xᵀ over some text.
+known of the inputs x of a layer is the matrix of their second moments over some text.
+
+Every input counts alike in that matrix, however large it is: the few huge ones that models keep at
+the start of a text would bend all weights to themselves. Scales and zero points look at the inputs
+as they are, so that the weights those few meet are met well. Both together were better than either
+way alone: 0.115 against 0.128 (no feedback) and 0.147 (feedback from inputs as they are), KL of
+SmolLM2 with all of its body in 4 bits.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from numpy.typing import NDArray
 
 from .quantize import Float32, Quantized, pack_nibbles
 
-_DAMPING = 0.01  # of the mean of the diagonal, added to it: the text is finite
+_DAMPING = 0.1  # of the mean of the diagonal, added to it: the text is finite
 _DOUBLE_COLUMNS = 4096  # beyond that, factors in double precision would take gigabytes
 _LEVELS = np.float32(15)
 _SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)  # of a group's range, as in `quantize`
@@ -23,14 +29,15 @@ _SPANS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)  # of a group's range, as in `quantiz
 class Feedback:
     """The inputs of one layer, ready to round the rows of its weights.
 
-    `moments`, (K, K) float32, is the sum of x xᵀ. Not changed; about 12 K² bytes are needed while
-    this is made and 4 K² kept. Safe to use from several threads.
+    `moments`, (K, K) float32, is the sum of x xᵀ / |x|²; `squares`, (K,), the sum of x². Neither is
+    changed; up to 24 K² bytes are needed while this is made and 4 K² kept. Safe to use from several
+    threads.
     """
 
-    def __init__(self, moments: Float32) -> None:
+    def __init__(self, moments: Float32, squares: Float32) -> None:
         diagonal = np.diag(moments).astype(np.float64)
         self._unused = diagonal <= 0  # inputs that were always zero
-        self._importance = np.maximum(diagonal, 1e-12).astype(np.float32)
+        self._importance = np.maximum(squares, np.float32(1e-12)).astype(np.float32)
         self._upper = _inverse_factor(moments, diagonal)
 
     @property

@@ -1,7 +1,8 @@
 """What the inputs of a model's layers look like, measured on text the model wrote itself.
 
     generate → text of SEQUENCES x TOKENS tokens, sampled from the float32 graph
-    gather   → for each input x of a linear layer, the sum of x xᵀ over the text, (K, K), in a file
+    gather   → for each input x of a linear layer, over the text: `moments`, the sum of x xᵀ / |x|²,
+               (K, K), and `squares`, the sum of x², (K,), in one file
 
 The sums of all layers together can be many times what fits in memory, so layers are gathered a few
 at a time, by the graphs that the compile wrote for it, each over the whole text.
@@ -57,7 +58,7 @@ class CalibrateJob:
 
 
 def calibrate(job: CalibrateJob, report: Report = lambda done, total: None) -> int:
-    """Write one .npy file per layer input and an index of them; returns how many.
+    """Write one .npz file per layer input and an index of them; returns how many.
 
     The index maps the name of each weight that multiplies an input to the input's file.
     """
@@ -75,9 +76,9 @@ def calibrate(job: CalibrateJob, report: Report = lambda done, total: None) -> i
 
         session = open_streamed(folder, threads, part["graph"])
         columns = {value: entry["columns"] for value, entry in part["values"].items()}
-        for value, moments in _gather(session, columns, text, advance).items():
-            name = f"{len(set(index.values()))}.npy"
-            np.save(output / name, moments)
+        for value, sums in _gather(session, columns, text, advance).items():
+            name = f"{len(set(index.values()))}.npz"
+            np.savez(output / name, moments=sums.moments, squares=sums.squares)
             index |= dict.fromkeys(part["values"][value]["weights"], name)
     (output / CALIBRATION_INDEX).write_text(json.dumps(index), encoding="utf-8")
     return len(set(index.values()))
@@ -123,11 +124,27 @@ def _inputs(tokens: Tokens, total: int, rows: int) -> list[tuple[str, NDArray[An
     ]
 
 
+class _Sums:
+    """What is added up of one layer's inputs."""
+
+    def __init__(self, columns: int) -> None:
+        self.moments = np.zeros((columns, columns), np.float32)
+        self.squares = np.zeros(columns, np.float32)
+
+    def add(self, x: NDArray[np.float32]) -> None:
+        """Take the inputs x, (S, K)."""
+        squares = x * x
+        self.squares += squares.sum(axis=0)
+        length = np.sqrt(squares.sum(axis=1, keepdims=True))
+        x = x / np.maximum(length, np.float32(1e-20))
+        self.moments += x.T @ x
+
+
 def _gather(
     session: Any, columns: Mapping[str, int], text: Tokens, report: Callable[[int], None]
-) -> dict[str, NDArray[np.float32]]:
-    """Sum of x xᵀ over the text for each value x that the graph shows, by name."""
-    sums = {value: np.zeros((count, count), np.float32) for value, count in columns.items()}
+) -> dict[str, _Sums]:
+    """The sums over the text for each value that the graph shows, by name."""
+    sums = {value: _Sums(count) for value, count in columns.items()}
     declared = session.get_inputs()
     for number, row in enumerate(text):
         known = dict(_inputs(row[None], len(row), 1))
@@ -138,7 +155,6 @@ def _gather(
             for node in declared
         }
         for value, x in zip(sums, session.run(list(sums), feeds), strict=True):
-            flat = x.reshape(-1, x.shape[-1])
-            sums[value] += flat.T @ flat
+            sums[value].add(x.reshape(-1, x.shape[-1]))
         report(number + 1)
     return sums

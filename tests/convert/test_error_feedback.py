@@ -26,6 +26,10 @@ def inputs(correlated: bool) -> Float32:
     return noise.astype(np.float32)
 
 
+def feedback_of(x: Float32) -> Feedback:
+    return Feedback(x.T @ x, (x * x).sum(axis=0))
+
+
 def output_error(rounded: Float32, wanted: Float32, x: Float32) -> float:
     return float(np.linalg.norm(x @ (rounded - wanted).T) / np.linalg.norm(x @ wanted.T))
 
@@ -34,22 +38,27 @@ def output_error(rounded: Float32, wanted: Float32, x: Float32) -> float:
 def test_correlated_inputs_let_columns_make_up_for_each_other(group: int) -> None:
     rows, x = weights(), inputs(correlated=True)
     plain = dequantize_rows(quantize_rows(rows, 4, group, asymmetric=True), 4, COLUMNS)
-    found = dequantize_rows(Feedback(x.T @ x).quantize(rows, group), 4, COLUMNS)
+    found = dequantize_rows(feedback_of(x).quantize(rows, group), 4, COLUMNS)
     assert output_error(found, rows, x) < 0.5 * output_error(plain, rows, x)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_gain_or_lose() -> None:
     rows = weights()
     plain = dequantize_rows(quantize_rows(rows, 4, 32, asymmetric=True), 4, COLUMNS)
-    found = Feedback(np.eye(COLUMNS, dtype=np.float32) * 5).quantize(rows, 32)
-    errors = [np.linalg.norm(dequantize_rows(found, 4, COLUMNS) - rows), np.linalg.norm(plain - rows)]
+    found = Feedback(np.eye(COLUMNS, dtype=np.float32) * 5, np.ones(COLUMNS, np.float32)).quantize(
+        rows, 32
+    )
+    errors = [
+        np.linalg.norm(dequantize_rows(found, 4, COLUMNS) - rows),
+        np.linalg.norm(plain - rows),
+    ]
     assert 0.9 < errors[0] / errors[1] < 1.05
 
 
 def test_inputs_that_matter_more_are_met_better() -> None:
     rows, important = weights(), np.ones(COLUMNS, np.float32)
     important[::4] = 400
-    found = dequantize_rows(Feedback(np.diag(important)).quantize(rows, 32), 4, COLUMNS)
+    found = dequantize_rows(Feedback(np.diag(important), important).quantize(rows, 32), 4, COLUMNS)
     errors = np.abs(found - rows)
     assert errors[:, ::4].mean() < 0.8 * errors[:, 1::4].mean()
 
@@ -57,16 +66,16 @@ def test_inputs_that_matter_more_are_met_better() -> None:
 def test_inputs_that_are_always_zero_change_nothing_else() -> None:
     rows, x = weights(), inputs(correlated=True)
     x[:, 5] = 0
-    found = Feedback(x.T @ x).quantize(rows, 32)
+    found = feedback_of(x).quantize(rows, 32)
     assert np.isfinite(found.scales).all()
     again = rows.copy()
     again[:, 5] = 1e6
-    np.testing.assert_array_equal(Feedback(x.T @ x).quantize(again, 32).codes, found.codes)
+    np.testing.assert_array_equal(feedback_of(x).quantize(again, 32).codes, found.codes)
 
 
 def test_rows_are_independent_of_each_other() -> None:
     rows, x = weights(), inputs(correlated=True)
-    feedback = Feedback(x.T @ x)
+    feedback = feedback_of(x)
     whole, part = feedback.quantize(rows, 32), feedback.quantize(rows[10:20], 32)
     assert whole.zero_points is not None
     assert part.zero_points is not None
@@ -78,12 +87,12 @@ def test_rows_are_independent_of_each_other() -> None:
 def test_a_weight_that_is_no_number_shows_in_the_scales_of_its_row_alone(bad: float) -> None:
     rows, x = weights(8), inputs(correlated=True)
     rows[3, 40] = bad
-    finite = np.isfinite(Feedback(x.T @ x).quantize(rows, 32).scales).all(axis=1)
+    finite = np.isfinite(feedback_of(x).quantize(rows, 32).scales).all(axis=1)
     assert list(finite) == [True] * 3 + [False] + [True] * 4
 
 
 def test_the_weights_given_stay_as_they_were() -> None:
     rows, x = weights(8), inputs(correlated=True)
     before = rows.copy()
-    Feedback(x.T @ x).quantize(rows, 32)
+    feedback_of(x).quantize(rows, 32)
     np.testing.assert_array_equal(rows, before)
