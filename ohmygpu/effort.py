@@ -46,12 +46,13 @@ def known_inputs(
     repository.check_space(
         int(float_bytes * (1 + _MOMENTS_SHARE)), f"looking at the layers of {name} (temporary)"
     )
-    minutes = max(1, round(float_bytes / (1 << 30) * _MINUTES_PER_GIB))
+    minutes = round(float_bytes / (1 << 30) * _MINUTES_PER_GIB)
+    duration = f"{minutes} minutes" if minutes > 1 else "a minute"
     size = human_bytes(float_bytes)
     sink(
         Event(
             "compile",
-            f"the effort for {name} is high: about {minutes} minutes on two cores, "
+            f"the effort for {name} is high: about {duration} on two cores, "
             f"and {size} of disk for a float32 copy that goes afterwards",
         )
     )
