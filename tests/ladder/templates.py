@@ -12,6 +12,7 @@ STYLES: Mapping[str, tuple[str, ...]] = {
     "gemma3_text": ("gemma 3",),
     "gpt_oss": ("harmony",),
     "granite": ("granite",),
+    "granitemoe": ("granite",),
     "llama": ("llama 3.1", "deepseek r1", "hermes"),
     "ministral3": ("mistral v7",),
     "mistral": ("mistral v7", "hermes"),
