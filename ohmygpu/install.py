@@ -276,6 +276,7 @@ def _draft(plan: Plan, artifacts: tuple[Artifact, ...]) -> InstallRecord:
         compiled_key=compile_key(digests, plan.family, plan.recipe, plan.target),
         recipe=plan.recipe,
         recipe_reason=plan.recipe_reason,
+        prompt_reason=plan.prompt_reason,
         adapter=plan.adapter,
         family=plan.family,
         compiled_bytes=0,

@@ -14,6 +14,7 @@ from .core.manifests import source_of_reference
 from .core.model_files import check_tokenizer
 from .core.refs import ModelRef, check_name, quant_label
 from .core.settings import Settings
+from .core.sizes import human_bytes
 
 if TYPE_CHECKING:
     from .core.provider import Resolved
@@ -34,6 +35,8 @@ _GROWTH = {
 # Quantisations whose blocks have no minimums, in every tensor of a file that is named so.
 _WITHOUT_MINIMUMS = ("Q8_0", "Q6_K", "MXFP4", "F16", "FP16", "BF16", "F32", "FP32")
 _MXFP4 = ("gpt-oss",)  # architectures whose experts are MXFP4, whatever else a file is
+_LOADED = 1.25  # memory per byte of weights, once ONNX Runtime has packed them
+_WORKING_BYTES = 512 << 20
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 
@@ -46,6 +49,7 @@ class Plan:
     variant: str
     recipe: str
     recipe_reason: str  # why this one, and on what machine, in words
+    prompt_reason: str  # which graph computes prompts, and why, in words; "" where there is one
     target: str
     family: str  # part of the compile key; "" for GGUF, whose bytes alone decide it
     wants_default: bool  # asked for by the bare name
@@ -119,6 +123,11 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     chosen = recipes.recipe(asked or recipes.default_recipe(keeps, processor, float_bytes))
     recipes.check(chosen, processor, has_blocks)
     variant = chosen.name
+    device, prompt_reason = target, ""
+    if device == "cpu" and chosen.body_bits != 0:
+        target, prompt_reason = _prompt_target(
+            settings.engine.prompt_graph, _estimate_bytes(resolved, chosen.name), float_bytes
+        )
     if source_format == "gguf" and resolved.variant:
         suffix = "" if chosen.name == "exact" else f"-{chosen.name}"
         variant = f"{resolved.variant.lower()}{suffix}"
@@ -129,8 +138,9 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         recipe=chosen.name,
         recipe_reason=(
             f"{reason or f'the default: {recipes.explain(chosen.name, float_bytes)}'} "
-            f"(compiled for {target} on {hardware.describe()})"
+            f"(compiled for {device} on {hardware.describe()})"
         ),
+        prompt_reason=prompt_reason,
         target=target,
         family="" if source_format == "gguf" else family_name,
         wants_default=resolved.ref.variant is None,
@@ -173,15 +183,46 @@ def _asked_recipe(
     return None, ""
 
 
+def _prompt_target(setting: str, compiled_bytes: int, float_bytes: int) -> tuple[str, str]:
+    """(target, why) of a quantised compile for CPUs: with a graph of integers for prompts or not.
+
+    `setting` is engine.prompt_graph; `compiled_bytes` is what the other graph takes, about.
+    """
+    from .core import hardware
+
+    fast = hardware.multiplies_integers()
+    if setting == "off":
+        return "cpu", "in the same graph as all tokens: engine.prompt_graph is off"
+    if setting == "on":
+        return f"cpu-{'int8' if fast else 'uint8'}", "engine.prompt_graph is on"
+    if not fast:
+        needed = ", ".join(hardware.FAST_INTEGERS)
+        return "cpu", f"in the same graph as all tokens: 8-bit integers are fast with {needed}"
+    needed_bytes = int((compiled_bytes + float_bytes // 4) * _LOADED) + _WORKING_BYTES
+    memory_bytes = hardware.memory_total_bytes()
+    if 0 < memory_bytes < needed_bytes:
+        return "cpu", (
+            f"in the same graph as all tokens: two would take about {human_bytes(needed_bytes)} of "
+            f"the {human_bytes(memory_bytes)} of memory"
+        )
+    return "cpu-int8", "the processor is fast at 8-bit integers"
+
+
 def compiled_estimate_bytes(plan: Plan) -> int:
     """About how large the compiled model is going to be."""
+    prompts = _float_bytes(plan.resolved) // 4 if "int8" in plan.target else 0
+    return _estimate_bytes(plan.resolved, plan.recipe) + prompts
+
+
+def _estimate_bytes(resolved: Resolved, recipe: str) -> int:
+    """About how large model.onnx and its data are going to be."""
     from .convert.checkpoint import stored_bits
 
-    weights = sum(file.size for file in plan.resolved.files if file.format in _WEIGHTS)
-    source_format = plan.resolved.source_format
-    if stored_bits(plan.resolved.config or {}) is not None:
+    weights = sum(file.size for file in resolved.files if file.format in _WEIGHTS)
+    source_format = resolved.source_format
+    if stored_bits(resolved.config or {}) is not None:
         source_format = "gguf"  # as dense
-    return int(weights * _GROWTH.get((source_format, plan.recipe), 2.0))
+    return int(weights * _GROWTH.get((source_format, recipe), 2.0))
 
 
 def _float_bytes(resolved: Resolved) -> int:

@@ -199,6 +199,7 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("context", f"{entry.context_tokens} tokens"))
     if entry.target:
         rows.append(("compiled for", entry.target))
+    rows += _prompt_rows(entry)
     if entry.embeds:
         kind = f"embedding model: {entry.embedding_length} numbers a text, {entry.pooling} pooling"
         rows.append(("kind", kind))
@@ -217,6 +218,17 @@ def _description(entry: ModelInfo) -> list[tuple[str, str]]:
     if entry.location:
         rows.append(("location", entry.location))
     return rows
+
+
+def _prompt_rows(entry: ModelInfo) -> list[tuple[str, str]]:
+    """Which graph computes prompts, and why, where there is something to say."""
+    reason = entry.record.prompt_reason
+    if entry.prompt_graph:
+        return [("prompts", f"in a graph of 8-bit integers: {reason}")]
+    if (entry.target or "").endswith("int8") and not entry.embeds:
+        why = "it has experts, which stay as they are"
+        return [("prompts", f"in the same graph as all tokens: {why}")]
+    return [("prompts", reason)] if reason and not entry.embeds else []
 
 
 def fidelity_rows(entry: ModelInfo) -> list[tuple[str, str]]:
@@ -317,6 +329,8 @@ def to_json(entry: ModelInfo) -> dict[str, Any]:
         "parameters": entry.parameters,
         "context_tokens": entry.context_tokens,
         "target": entry.target,
+        "prompt_graph": entry.prompt_graph or None,
+        "prompt_reason": record.prompt_reason,
         "has_chat_template": entry.has_template,
         "kind": entry.kind,
         "embedding_length": entry.embedding_length or None,

@@ -75,6 +75,7 @@ class ModelInfo:
     target: str | None = None
     license: str | None = None
     has_template: bool = False
+    prompt_graph: str = ""  # file of the graph that computes prompts; "" = there is one graph
     kind: str = "decoder"  # decoder: generates text | encoder: gives vectors
     embedding_length: int = 0  # numbers in a vector
     pooling: str = ""  # how an encoder makes one vector of many tokens
@@ -111,6 +112,7 @@ class ModelInfo:
             target=compiled.target if compiled else None,
             license=compiled.license if compiled else None,
             has_template=has_template and not (compiled and compiled.kind == "encoder"),
+            prompt_graph=compiled.prompt_graph if compiled else "",
             kind=compiled.kind if compiled else "decoder",
             embedding_length=compiled.embedding_length if compiled else 0,
             pooling=compiled.pooling if compiled else "",
@@ -131,6 +133,7 @@ class ModelInfo:
             target=data["target"],
             license=data["license"],
             has_template=bool(data["chat"]),
+            prompt_graph=str(data.get("prompt_graph", "")),
             kind=str(data.get("kind", "decoder")),
             embedding_length=int(data.get("embedding_length", 0)),
             pooling=str(data.get("pooling", "")),

@@ -35,7 +35,8 @@ def compile_model(
     """Compile the model in `files` (name in its repository → path) into the folder `output`.
 
     Writes model.onnx, prompts.onnx where the target has one, their data, the tokenizer, the chat
-    template where there is one, and compile.json last. `progress` receives (done_bytes, total_bytes) of the source's weights.
+    template where there is one, and compile.json last. `progress` receives (done_bytes,
+    total_bytes) of the source's weights.
     Raises UnsupportedModel, CorruptFile, InvalidRequest (recipe, target) or DiskFull.
     """
     chosen, processor = recipes.recipe(recipe), recipes.target(target)
@@ -91,9 +92,8 @@ def compile_source(
         rope_switch_tokens=decoder.rope_switch_tokens,
         rope_grows=decoder.rope_grows,
         score_heads=decoder.score_heads,
-        prompt_graph=PROMPT_GRAPH if decoder.prompts else "",
-        prompt_bytes=decoder.prompts.used_bytes if decoder.prompts else 0,
-        prompt_rotated=decoder.prompts.rotated if decoder.prompts else False,
+        prompt_graph=PROMPT_GRAPH if decoder.prompt_bytes else "",
+        prompt_bytes=decoder.prompt_bytes,
         norm_epsilon=decoder.norm_epsilon,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
@@ -133,7 +133,7 @@ def write_graph(
         graph.save(str(CONVERTER_VERSION))
         built = _as_built(config.decoder, emitter)
         if second is not None:
-            built = replace(built, prompts=write_prompt_graph(emitter, viewed, second))
+            built = replace(built, prompt_bytes=write_prompt_graph(emitter, viewed, second))
         return built, graph.weights_bytes
 
 

@@ -14,14 +14,6 @@ from .weights import Weights
 _HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention's
 
 
-@dataclass(frozen=True, slots=True)
-class PromptGraph:
-    """What the engine and users have to know of a prompts.onnx (`prompts`)."""
-
-    used_bytes: int  # of its constants, those it shares with model.onnx among them
-    rotated: bool  # whether the residual stream is
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """Sizes of a decoder-only transformer, as its config gives them."""
@@ -39,7 +31,7 @@ class Decoder:
     rope_switch_tokens: int = 0  # as in CompiledModel; set when the graph is built
     rope_grows: bool = False
     score_heads: int = 0  # see `core.records.CompiledModel`
-    prompts: PromptGraph | None = None
+    prompt_bytes: int = 0  # that prompts.onnx uses; 0 = there is none
 
     @property
     def cache_dim(self) -> int:
@@ -96,7 +88,6 @@ class Emitter:
         self.reordered: dict[tuple[str, tuple[int, ...]], str] = {}  # (value, order) → value
         self.linear_inputs: dict[str, tuple[str, int]] = {}  # weight → (value it multiplies, K)
         self.products: list[Product] = []
-        self.embedded: list[str] = []  # rows of embedding matrices
         self.positions = ""  # positions of the new tokens, once `rotary.positions` made them
         self.rope_length = ""  # the input of RoPE whose frequencies depend on the length, if any
         self.stretched: Stretched | None = None  # how they do

@@ -167,21 +167,6 @@ class Graph:
         }
         return sum(int(dict(place).get("length", 0)) for place in places)
 
-    def values(self, name: str) -> NDArray[Any]:
-        """The constant `name`, read back."""
-        tensor = self.constants[name]
-        if tensor.data_location != TensorProto.EXTERNAL:
-            inline: NDArray[Any] = numpy_helper.to_array(tensor)
-            return inline
-        self._data.flush()
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        with (self.folder / place["location"]).open("rb") as file:
-            file.seek(int(place["offset"]))
-            data = file.read(int(place["length"]))
-        array: NDArray[Any] = np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
-        return array
-
     def take_signature(self, other: Graph) -> None:
         """Give this graph the inputs and outputs of `other`, a graph in the same folder."""
         self._inputs.extend(other.inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,35 +13,12 @@ from numpy.typing import NDArray
 
 from ohmygpu.core.hardware import logical_cores
 
-from .rotation import Rotation, hadamard_rows
+from .hadamard import spread_rows
 from .source import Source, row_chunks
 
 Float32 = NDArray[np.float32]
 
 _MAX_WORKERS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What is folded into a matrix W (N, K) before it is rounded: Qᵀ W diag(scale) Q or W H.
-
-    `reads` is the Q that W's input has, after its norm's weight `scale` was taken out; `writes` the
-    Q that its output gets; `block` the size of the Hadamard matrices H that its input is multiplied
-    by, 0 = none.
-    """
-
-    reads: Rotation | None = None
-    scale: Float32 | None = None
-    writes: Rotation | None = None
-    block: int = 0
-
-    def of_rows(self, rows: Float32) -> Float32:
-        """The part that acts on each row of W."""
-        if self.scale is not None:
-            rows = rows * self.scale
-        if self.reads is not None:
-            rows = self.reads.rows(rows)
-        return hadamard_rows(rows, self.block) if self.block else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +45,26 @@ class IntegerReader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def read(self, names: Sequence[str], change: Change) -> Integers:
-        """The matrices `names`, (N, K) each, stacked by rows, changed and rounded."""
+    def read(self, names: Sequence[str], block: int) -> Integers:
+        """The matrices `names`, (N, K) each, stacked by rows and rounded.
+
+        Every `block` columns are multiplied by the Hadamard matrix before; 0 = none are.
+        """
         shapes = [self._source.tensors[name].shape for name in names]
         count, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         found = Integers(np.empty((columns, count), self.dtype), np.empty(count, np.float32))
-        whole = None if change.writes is None else np.empty((count, columns), np.float32)
 
         def take(rows: Float32, place: slice) -> None:
-            changed = change.of_rows(rows)
-            if whole is None:
-                _round(changed, found.codes[:, place], found.scales[place])
-            else:
-                whole[place] = changed
+            spread = spread_rows(rows, block) if block else rows
+            _round(spread, found.codes[:, place], found.scales[place])
 
-        self._run(take, self._pieces(names))
-        if whole is not None and change.writes is not None:
-            self._turn_columns(whole, change.writes)
-            self._run(
-                lambda rows, place: _round(rows, found.codes[:, place], found.scales[place]),
-                (
-                    (whole[start:stop], slice(start, stop))
-                    for start, stop in row_chunks(*whole.shape)
-                ),
-            )
+        pending: deque[Future[None]] = deque()
+        for piece in self._pieces(names):
+            pending.append(self._pool.submit(take, *piece))
+            if len(pending) > self._ahead:
+                pending.popleft().result()
+        for job in pending:
+            job.result()
         return found
 
     def _pieces(self, names: Sequence[str]) -> Iterator[tuple[Float32, slice]]:
@@ -101,24 +74,6 @@ class IntegerReader:
             for start, stop in row_chunks(rows, columns):
                 yield self._source.read_rows(name, start, stop), slice(first + start, first + stop)
             first += rows
-
-    def _turn_columns(self, whole: Float32, rotation: Rotation) -> None:
-        """Replace W by Qᵀ W."""
-
-        def turn(place: slice, _: None) -> None:
-            whole[:, place] = rotation.rows(np.ascontiguousarray(whole[:, place].T)).T
-
-        chunks = row_chunks(whole.shape[1], whole.shape[0])
-        self._run(turn, ((slice(start, stop), None) for start, stop in chunks))
-
-    def _run(self, work: Callable[[Any, Any], None], arguments: Iterable[tuple[Any, Any]]) -> None:
-        pending: deque[Future[None]] = deque()
-        for pair in arguments:
-            pending.append(self._pool.submit(work, *pair))
-            if len(pending) > self._ahead:
-                pending.popleft().result()
-        for job in pending:
-            job.result()
 
 
 def _round(rows: Float32, codes: NDArray[np.int8] | NDArray[np.uint8], scales: Float32) -> None:

@@ -117,14 +117,7 @@ def _group_sums(e: Emitter, path: str, x: str, matrix: Matrix, rank: int) -> str
 
 
 def embedding(e: Emitter, weight: str, *, path: str = "/model/embed_tokens") -> str:
-    """Rows of the embedding matrix for `input_ids`."""
-    rows = _embedding_rows(e, weight, path)
-    e.embedded.append(rows)
-    return rows
-
-
-def _embedding_rows(e: Emitter, weight: str, path: str) -> str:
-    """The nodes of `embedding`.
+    """Rows of the embedding matrix for `input_ids`.
 
     Quantised matrices are read in place by GatherBlockQuantized, so that an embedding tied to the
     LM head is stored once. Blocks with minimums, or rows that groups do not divide:

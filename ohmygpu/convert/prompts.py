@@ -2,20 +2,21 @@
 
 It has the same inputs, outputs and KV cache, shares the embedding, the LM head and every constant
 that stays as it is, and computes prompts several times faster where the processor multiplies 8-bit
-integers. Each row x of activations is divided by its largest magnitude m and rounded to 255 steps:
+integers. The input x of a linear layer is multiplied by Hadamard matrices H along blocks of 64
+channels, which are folded into the weights too (`hadamard`); then each row is divided by its
+largest magnitude m and rounded to 255 steps:
 
-    x ─[* H]─┬─ Abs ─ ReduceMax ─ Max(tiny) ─┬──────────────────────────────────┐
-             └─────── Div ───────────────────┘                                  │
-              └─ QuantizeLinear(1/127, 128) ─ MatMulIntegerToFloat(codes) ─ Mul(m) ─ [Add bias]
+    x ─ Reshape ─ MatMul(H) ─ Reshape ─┬─ Abs ─ ReduceMax ─ Max(tiny) ─┬─ m
+                                       └───────────── Div ─────────────┘
+                                                       └─ QuantizeLinear(1/127, 128) ─┐
+                       Mul(m) ─ [Add bias] ─────────── MatMulIntegerToFloat(weights) ─┘
 
-Sums of integers are exact, so a row gives the same bits alone, in any batch and any chunk. H are
-Hadamard matrices along blocks of 64 channels; where the residual stream can be rotated offline
-(`residual_stream`), the layers that read it do without.
+Sums of integers are exact, so a row gives the same bits alone, in any batch and in any chunk. What
+else was tried, and how far each is from float32: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,13 @@ from numpy.typing import NDArray
 
 from ohmygpu.core.records import PROMPT_GRAPH
 
-from .decoder import Emitter, Product, PromptGraph
+from .decoder import Emitter, Product
 from .family import CONVERTER_VERSION
 from .graph import Graph
-from .integers import Change, IntegerReader
-from .layers import HEAD_ROWS, MS, name_of
+from .hadamard import hadamard, power_of_two
+from .integers import IntegerReader
+from .layers import MS, name_of
 from .recipes import Recipe, Target
-from .residual_stream import find_residual_stream
-from .rotation import Rotation, hadamard, power_of_two
 from .source import Source
 from .weights import Progress
 
@@ -46,20 +46,19 @@ def wants_prompt_graph(recipe: Recipe, target: Target) -> bool:
     return bool(target.integers) and recipe.body_bits != 0
 
 
-def write_prompt_graph(e: Emitter, source: Source, progress: Progress) -> PromptGraph | None:
+def write_prompt_graph(e: Emitter, source: Source, progress: Progress) -> int:
     """Write prompts.onnx beside the finished graph of `e`, from the weights of `source`.
 
-    None, and nothing written, for mixtures of experts: most of their weights are in operators that
-    take no products of integers.
+    Returns the bytes of the constants it uses, shared ones among them; 0, with nothing written, for
+    mixtures of experts: most of their weights are in operators that take no products of integers.
     """
     if any(node.op_type in _EXPERTS for node in e.graph.nodes):
-        return None
+        return 0
     dtype = np.dtype(e.target.integers)
     with Graph(e.graph.folder, PROMPT_GRAPH) as graph, IntegerReader(source, dtype) as reader:
-        writer = _Writer(e, source, graph, reader, progress)
-        writer.write()
+        _Writer(e, source, graph, reader, progress).write()
         graph.save(str(CONVERTER_VERSION))
-        return PromptGraph(graph.used_bytes, rotated=writer.stream is not None)
+        return graph.used_bytes
 
 
 def halves(progress: Progress) -> tuple[Progress, Progress]:
@@ -86,15 +85,12 @@ class _Writer:
         self._source = source
         self._graph = graph
         self._reader = reader
-        self._dtype = reader.dtype
+        self._zero = np.array(0 if reader.dtype == np.int8 else 128, reader.dtype)
         self._progress = progress
         self._products = {product.y: product for product in e.products}
         self._nodes = self._live()
-        self.stream = find_residual_stream(self._nodes, self._constants, self._products, e.embedded)
-        self._rotation = Rotation(e.decoder.hidden_size) if self.stream else None
         self._rounded: dict[tuple[str, int], tuple[str, str]] = {}  # (x, block) → codes, largest
         self._shared: set[str] = set()
-        self._ones = ""
         self._done = 0  # weights written
 
     def write(self) -> None:
@@ -110,13 +106,11 @@ class _Writer:
                 self._linear(product)
                 self._report(product)
                 continue
-            changed = self._changed(node)
-            for name in changed.input:
+            for name in node.input:
                 if name in self._constants and name not in taken:
                     self._graph.take_constant(self._constants[name])
                     taken.add(name)
-            self._graph.take_node(changed)
-            self._turn(changed)
+            self._graph.take_node(node)
 
     def _report(self, product: Product) -> None:
         tensors = self._source.tensors
@@ -138,102 +132,30 @@ class _Writer:
             wanted.update(node.input if product is None else [product.x])
         return live[::-1]
 
-    # the rotated basis
-
-    def _changed(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """The node as it is in the rotated basis."""
-        stream = self.stream
-        if stream is None:
-            return node
-        node = onnx.NodeProto.FromString(node.SerializeToString())
-        if node.name in stream.norms:
-            node.input[2 if node.op_type.startswith("Skip") else 1] = self._unit_weight()
-        if node.output[0] in (stream.start, HEAD_ROWS):
-            node.output[0] = _unturned(node.output[0])
-        return node
-
-    def _unit_weight(self) -> str:
-        if not self._ones:
-            ones = np.ones(self._e.decoder.hidden_size, self._e.dtype)
-            self._ones = self._graph.constant("rotation.unit_weight", ones)
-        return self._ones
-
-    def _turn(self, node: onnx.NodeProto) -> None:
-        """After the embedding and before the LM head: into the rotated basis and out of it."""
-        if self.stream is None or self._rotation is None:
-            return
-        g, turned = self._graph, self._rotation
-        size = self._e.decoder.hidden_size
-        if node.output[0] == _unturned(self.stream.start):
-            path = "/rotation"
-            x = g.node(f"{path}/signs/Mul", [node.output[0], self._signs()])
-            x = self._spread(path, x, [0, 0, turned.blocks, turned.block])
-            g.node(
-                f"{path}/joined/Reshape", [x, self._shape(path, [0, 0, size])], [self.stream.start]
-            )
-        elif node.output[0] == _unturned(HEAD_ROWS):
-            path = "/rotation_back"
-            x = self._spread(path, node.output[0], [0, turned.blocks, turned.block])
-            x = g.node(f"{path}/joined/Reshape", [x, self._shape(path, [0, size])])
-            signs = turned.signs * self._old.values(self.stream.head_norm)
-            weight = g.constant("rotation_back.signed_norm", signs.astype(self._e.dtype))
-            g.node(f"{path}/norm/Mul", [x, weight], [HEAD_ROWS])
-
-    def _signs(self) -> str:
-        assert self._rotation is not None
-        return self._graph.constant("rotation.signs", self._rotation.signs)
-
-    def _spread(self, path: str, x: str, shape: Sequence[int]) -> str:
-        """x cut into blocks by `shape`, times C ⊗ H."""
-        g, turned = self._graph, self._rotation
-        assert turned is not None
-        x = g.node(f"{path}/apart/Reshape", [x, self._shape(f"{path}/apart", shape)])
-        x = g.node(f"{path}/inner/MatMul", [x, self._hadamard(turned.block)])
-        if turned.blocks == 1:
-            return x
-        across = g.constant(f"{name_of(path)}.across", turned.across)
-        return g.node(f"{path}/across/MatMul", [across, x])
-
-    # linear layers
-
     def _linear(self, product: Product) -> None:
         """The nodes of one linear layer."""
         g, label = self._graph, name_of(product.path)
-        change = self._change(product)
-        codes, largest = self._round(product.x, change.block)
-        matrix = self._reader.read(product.weights, change)
+        block = power_of_two(self._source.tensors[product.weights[0]].shape[1], BLOCK)
+        if block < _MIN_BLOCK:
+            block = 0
+        codes, largest = self._round(product.x, block)
+        matrix = self._reader.read(product.weights, block)
         weight = g.constant(f"{label}.weight_integers", matrix.codes)
         scales = g.constant(f"{label}.weight_scales", matrix.scales)
-        zero = self._scalar(
-            "weight_zero", np.array(128 if self._dtype == np.uint8 else 0, self._dtype)
-        )
+        step, zero = self._scalar("step", _STEP), self._scalar("zero", _ZERO)
+        weight_zero = self._scalar("weight_zero", self._zero)
         y = g.node(
             f"{product.path}/MatMulIntegerToFloat",
-            [codes, weight, self._scalar("step", _STEP), scales, self._scalar("zero", _ZERO), zero],
+            [codes, weight, step, scales, zero, weight_zero],
             domain=MS,
         )
-        named = [product.y]
-        y = g.node(f"{product.path}/largest/Mul", [y, largest], None if product.biases else named)
-        if product.biases:
-            g.node(f"{product.path}/bias/Add", [y, self._bias(product, change)], named)
-
-    def _change(self, product: Product) -> Change:
-        stream, rotation = self.stream, self._rotation
-        writes = rotation if stream and product.y in stream.writers else None
-        if stream is not None and product.y in stream.readers:
-            scale = self._old.values(stream.readers[product.y]).astype(np.float32)
-            return Change(reads=rotation, scale=scale, writes=writes)
-        columns = self._source.tensors[product.weights[0]].shape[1]
-        block = power_of_two(columns, BLOCK)
-        return Change(writes=writes, block=block if block >= _MIN_BLOCK else 0)
-
-    def _bias(self, product: Product, change: Change) -> str:
-        bias = np.concatenate([self._source.read(name) for name in product.biases])
-        if change.writes is not None:
-            bias = change.writes.rows(bias[None])[0]
-        return self._graph.constant(
-            f"{name_of(product.path)}.bias_turned", bias.astype(self._e.dtype)
+        y = g.node(
+            f"{product.path}/largest/Mul", [y, largest], None if product.biases else [product.y]
         )
+        if product.biases:
+            bias = np.concatenate([self._source.read(name) for name in product.biases])
+            added = g.constant(f"{label}.bias_vector", bias.astype(self._e.dtype))
+            g.node(f"{product.path}/bias/Add", [y, added], [product.y])
 
     def _round(self, x: str, block: int) -> tuple[str, str]:
         """(rows of x as uint8, the largest magnitude of each); shared between layers."""
@@ -258,16 +180,10 @@ class _Writer:
         apart = self._scalar(f"blocks_of_{block}", np.array([0, 0, -1, block], np.int64))
         joined = self._scalar("joined", np.array([0, 0, -1], np.int64))
         x_apart = g.node(f"{path}/apart/Reshape", [x, apart])
-        spread = g.node(f"{path}/MatMul", [x_apart, self._hadamard(block)])
+        spread = g.node(
+            f"{path}/MatMul", [x_apart, self._scalar(f"hadamard_{block}", hadamard(block))]
+        )
         return g.node(f"{path}/joined/Reshape", [spread, joined])
-
-    # constants
-
-    def _hadamard(self, size: int) -> str:
-        return self._scalar(f"hadamard_{size}", hadamard(size))
-
-    def _shape(self, path: str, shape: Sequence[int]) -> str:
-        return self._graph.constant(f"{name_of(path)}.shape", np.array(shape, np.int64))
 
     def _scalar(self, name: str, value: NDArray[Any]) -> str:
         """A constant of this graph that several nodes use."""
@@ -281,7 +197,3 @@ class _Writer:
 _STEP = np.array(np.float32(1) / np.float32(127))
 _ZERO = np.array(128, np.uint8)
 _SMALL = np.array(_SMALLEST, np.float32)
-
-
-def _unturned(name: str) -> str:
-    return f"{name}/unturned"

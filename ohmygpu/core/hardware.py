@@ -33,6 +33,9 @@ _INSTRUCTION_SETS = {  # flag in /proc/cpuinfo → its usual name
     "i8mm": "I8MM",
     "sve": "SVE",
 }
+FAST_INTEGERS = ("VNNI", "AMX", "I8MM")
+"""Instruction sets that multiply 8-bit integers several times faster than floats."""
+
 _NO_LIMIT_BYTES = 1 << 60  # control groups of version 1 write "no limit" as a huge number
 
 
@@ -119,6 +122,11 @@ def instruction_sets(root: Path = Path("/")) -> tuple[str, ...]:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     flags = set(found[1].split()) if found else set()
     return tuple(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags))
+
+
+def multiplies_integers() -> bool:
+    """Whether products of 8-bit integers are several times faster here than those of floats."""
+    return any(name in FAST_INTEGERS for name in instruction_sets())
 
 
 def describe() -> str:

@@ -63,6 +63,7 @@ class InstallRecord:
     compiled_bytes: int
     installed_at: str  # RFC 3339, UTC
     recipe_reason: str = ""  # why this recipe, in words; "" in records from before it was kept
+    prompt_reason: str = ""  # which graph computes prompts, and why, in words; "" likewise
     adapter: Adapter | None = None
 
     @property
@@ -165,7 +166,6 @@ class CompiledModel:
     files: dict[str, int] = field(default_factory=dict)  # name → bytes, to notice damage cheaply
     prompt_graph: str = ""  # file of the graph that computes prompts; "" = model.onnx does
     prompt_bytes: int = 0  # bytes of the weights it uses, those of model.onnx among them
-    prompt_rotated: bool = False  # whether its residual stream is in another basis
     kind: str = "decoder"  # decoder: generates text | encoder: gives one vector for a text
     # of an encoder alone:
     pooling: str = ""  # how tokens become one vector: mean, cls, last, …
@@ -230,6 +230,7 @@ class RunSpec:
     max_queue: int = 64
     prefill_tokens: int = 256  # prompt tokens computed per step at most
     threads: int = 0  # 0 = one per physical core
+    prompt_graph: str = "auto"  # auto | on: the one the model was compiled with | off: model.onnx
 
     def to_json(self) -> str:
         """One line of JSON."""

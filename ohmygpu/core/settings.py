@@ -103,6 +103,11 @@ class EngineSettings:
     threads: int = _setting(
         0, values.integer(0, 4096), "threads of one model; 0 = one per physical core"
     )
+    prompt_graph: str = _setting(
+        "auto",
+        values.choice("auto", "on", "off"),
+        "a graph of 8-bit integers for prompts; auto = where the CPU is fast at them",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,4 +108,7 @@ def estimate_bytes(card: ModelCard, settings: Settings) -> int:
     """
     compiled = card.compiled
     context_tokens = compiled.served_context_tokens(settings.engine.context_tokens)
-    return compiled.weights_bytes * 11 // 10 + context_tokens * compiled.kv_bytes_per_token
+    weights_bytes = compiled.weights_bytes
+    if settings.engine.prompt_graph != "off":
+        weights_bytes += compiled.prompt_bytes
+    return weights_bytes * 11 // 10 + context_tokens * compiled.kv_bytes_per_token

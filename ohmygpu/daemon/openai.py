@@ -340,6 +340,7 @@ def to_model(card: ModelCard) -> dict[str, Any]:
             "quantization": compiled.quantization,
             "source_format": compiled.source_format,
             "target": compiled.target,
+            "prompt_graph": compiled.prompt_graph,
             "context_length": compiled.context_length,
             "license": compiled.license,
             "kind": compiled.kind,

@@ -45,10 +45,14 @@ def load_model(spec: RunSpec) -> LoadedModel:
     folder = Path(spec.folder)
     compiled = check_files(folder)
     context_tokens = choose_context(spec, compiled)
-    check_memory(compiled, context_tokens, hardware.memory_available_bytes())
+    free_bytes = hardware.memory_available_bytes()
+    check_memory(compiled, context_tokens, free_bytes)
     tokenizer = Tokenizer(folder, compiled)
     threads = choose_threads(spec, compiled, hardware.physical_cores())
     opened = open_session(folder, compiled, spec.execution_provider, threads)
+    prompts = None
+    if opened.execution_provider == "CPU" and wants_prompts(spec, compiled, free_bytes):
+        prompts = open_session(folder, compiled, "CPU", threads, compiled.prompt_graph).session
     slots = spec.slots
     cache: KVCache
     if opened.execution_provider == "CUDA":
@@ -66,7 +70,7 @@ def load_model(spec: RunSpec) -> LoadedModel:
         rope=RopeLengths(compiled.rope_switch_tokens, compiled.rope_grows),
     )
     engine = Engine(
-        OnnxModel(opened.session, compiled, cache, spec.prefill_tokens),
+        OnnxModel(opened.session, compiled, cache, spec.prefill_tokens, prompts),
         scheduler,
         lambda prompt_ids, stop: TextStream(tokenizer, prompt_ids, stop),
         context_tokens=context_tokens,
@@ -80,7 +84,7 @@ def load_model(spec: RunSpec) -> LoadedModel:
         max_queue=spec.max_queue,
         chat=tokenizer.has_template,
         execution_provider=opened.execution_provider,
-        weights_bytes=compiled.weights_bytes,
+        weights_bytes=compiled.weights_bytes + (compiled.prompt_bytes if prompts else 0),
         kv_bytes_per_token=compiled.kv_bytes_per_token,
     )
     return LoadedModel(engine, tokenizer, caps, opened.note)
@@ -123,6 +127,27 @@ def check_memory(compiled: CompiledModel, context_tokens: int, free_bytes: int) 
             needed_bytes=needed,
             free_bytes=free_bytes,
         )
+
+
+def wants_prompts(spec: RunSpec, compiled: CompiledModel, free_bytes: int) -> bool:
+    """Whether the graph for prompts is opened too: where there is one, and both fit `free_bytes`.
+
+    Zero free bytes means that the system does not say.
+    """
+    if not compiled.prompt_graph or spec.prompt_graph == "off":
+        return False
+    both = compiled.weights_bytes + compiled.prompt_bytes
+    needed = int(both * _PACKED_WEIGHTS) + _WORKING_BYTES
+    if 0 < free_bytes < needed:
+        _logger.warning(
+            "%s computes prompts in the graph that decodes, slower: both take about %s of memory, "
+            "and %s are free",
+            spec.model,
+            human_bytes(needed),
+            human_bytes(free_bytes),
+        )
+        return False
+    return True
 
 
 def _memory_is_short() -> bool:

@@ -68,14 +68,23 @@ def check_files(folder: Path) -> CompiledModel:
 
 
 class OnnxModel:
-    """A session and its KV cache. Not thread-safe: the engine's thread owns it."""
+    """A session and its KV cache. Not thread-safe: the engine's thread owns it.
+
+    `prompts` is the session of the graph that prompts go through; the same one where it is None.
+    """
 
     def __init__(
-        self, session: Any, compiled: CompiledModel, cache: KVCache, prefill_tokens: int
+        self,
+        session: Any,
+        compiled: CompiledModel,
+        cache: KVCache,
+        prefill_tokens: int,
+        prompts: Any = None,
     ) -> None:
         self.vocab_size = compiled.vocab_size
         self.cache = cache
         self._session = session
+        self._prompts = session if prompts is None else prompts
         self._ids = np.zeros(max(prefill_tokens, cache.slots), np.int64)  # (B*S,)
         self._lengths = np.zeros(cache.slots, np.int32)  # seqlens_k, (B,)
         self._total = np.zeros((), np.int32)
@@ -126,11 +135,13 @@ class OnnxModel:
         self._total[()] = total
         self._rows[0] = count - 1
         row = self.cache.row(slot)
-        binding = self._bound(self._prefill_bindings, row, lambda: self._bind_cache(row, 1))
+        binding = self._bound(
+            self._prefill_bindings, row, lambda: self._bind_cache(self._prompts, row, 1)
+        )
         wanted = 0 if logits_row is None else 1
         self._bind_inputs(binding, (1, count), wanted)
         self._bind_logits(binding, logits_row or 0, wanted)
-        self._session.run_with_iobinding(binding)
+        self._prompts.run_with_iobinding(binding)
         self.cache.extent[slot] = total
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], pasts: Sequence[int]) -> None:
@@ -166,13 +177,13 @@ class OnnxModel:
         return binding
 
     def _bind_decode(self, first: int, rows: int, live: int) -> Any:
-        binding = self._bind_cache(first, rows)
+        binding = self._bind_cache(self._session, first, rows)
         self._bind_inputs(binding, (rows, 1), live)
         self._bind_logits(binding, 0, live)
         return binding
 
-    def _bind_cache(self, first: int, rows: int) -> Any:
-        binding = self._session.io_binding()
+    def _bind_cache(self, session: Any, first: int, rows: int) -> Any:
+        binding = session.io_binding()
         self.cache.bind(binding, first, rows)
         return binding
 

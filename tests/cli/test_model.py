@@ -26,6 +26,7 @@ FIELDS = {
     "name", "variant", "is_default", "id", "provider", "source", "revision", "recipe", "family",
     "quantization", "parameters", "context_tokens", "target", "has_chat_template", "license",
     "compiled_bytes", "source_bytes", "artifacts", "installed_at", "location", "problem",
+    "prompt_graph", "prompt_reason",
     "recipe_reason", "fidelity", "adapter", "kind", "embedding_length",
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from tests.onnx_run import OnnxRun
 
 TOLERANCE = 0.12  # of networks so small that every rounding shows; q8's model.onnx has up to 0.1
 
-ROTATED = {
+FAMILIES = {
     "arcee": "usual",
     "ernie4_5": "usual",
     "gemma": "multi_query",
@@ -35,8 +35,6 @@ ROTATED = {
     "qwen3": "tied",
     "seed_oss": "biases",
     "smollm3": "interval",
-}
-NOT_ROTATED = {  # layer norms, norms behind blocks
     "cohere": "biases",
     "exaone4": "hybrid",
     "falcon": "7b",
@@ -75,23 +73,21 @@ def logits(case: Case, run: OnnxRun) -> Float32:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize(("family", "name"), (ROTATED | NOT_ROTATED).items())
+@pytest.mark.parametrize(("family", "name"), FAMILIES.items())
 def test_every_family_is_close_to_float32(family: str, name: str, tmp_path: Path) -> None:
     case = cases(family)[name]
-    built = compiled(case, tmp_path)
-    assert built.prompts is not None
-    assert built.prompts.rotated == (family in ROTATED)
+    assert compiled(case, tmp_path).prompt_bytes > 0
     assert distance(logits(case, prompts_run(tmp_path)), golden(family)[name]) < TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "name"), EXPERTS.items())
 def test_mixtures_of_experts_have_one_graph(family: str, name: str, tmp_path: Path) -> None:
-    assert compiled(cases(family)[name], tmp_path).prompts is None
+    assert compiled(cases(family)[name], tmp_path).prompt_bytes == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("prompts")]
 
 
 def test_unquantised_weights_have_one_graph(tmp_path: Path) -> None:
-    assert compiled(cases("llama")["grouped"], tmp_path, "f32").prompts is None
+    assert compiled(cases("llama")["grouped"], tmp_path, "f32").prompt_bytes == 0
     assert not (tmp_path / PROMPT_GRAPH).exists()
 
 
@@ -161,8 +157,7 @@ def test_embedding_and_head_are_stored_once(tmp_path: Path) -> None:
     assert files["model.layers.0.mlp.down_proj.weight_integers"] == f"{PROMPT_GRAPH}.data"
     assert not [name for name in files if "proj.weight_q8" in name]
     stored = (tmp_path / f"{PROMPT_GRAPH}.data").stat().st_size
-    assert built.prompts is not None
-    assert built.prompts.used_bytes > stored > 0
+    assert built.prompt_bytes > stored > 0
 
 
 def test_the_bytes_are_the_same_each_time(tmp_path: Path) -> None:
