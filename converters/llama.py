@@ -126,12 +126,6 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def with_norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama, with a bias for each norm: layer norms have one."""
-    norms = [name for name in shapes if name.endswith("norm.weight")]
-    return {**shapes, **{name.replace("weight", "bias"): shapes[name] for name in norms}}
-
-
 class _Tied(Protocol):
     @property
     def tie_word_embeddings(self) -> bool: ...

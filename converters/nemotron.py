@@ -17,6 +17,7 @@ from ohmygpu.convert.source import Source
 from . import arcee, llama
 from .gemma import with_whole_norms
 from .llama import ignored
+from .stablelm import with_norm_biases
 
 __all__ = ["Config", "build", "ignored", "view", "weights"]
 
@@ -53,7 +54,7 @@ class Config(llama.Config):
 
 def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
-    return llama.with_norm_biases(arcee.weights(config))
+    return with_norm_biases(arcee.weights(config))
 
 
 def view(config: llama.Config, source: Source) -> Source:

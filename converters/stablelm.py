@@ -70,7 +70,7 @@ class Config(llama.Extended):
 def weights(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
     d = config.decoder
-    found = llama.with_norm_biases(llama.weights(config.base))
+    found = with_norm_biases(llama.weights(config.base))
     if config.parallel:
         found = {name: shape for name, shape in found.items() if _NORMS.second not in name}
     if config.qk_layernorm:
@@ -78,6 +78,12 @@ def weights(config: Config) -> dict[str, tuple[int, ...]]:
             norms = _head_norms(layer, "q", d.heads) + _head_norms(layer, "k", d.kv_heads)
             found |= dict.fromkeys(norms, (d.head_dim,))
     return found
+
+
+def with_norm_biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama, with a bias for each norm: layer norms have one."""
+    norms = [name for name in shapes if name.endswith("norm.weight")]
+    return {**shapes, **{name.replace("weight", "bias"): shapes[name] for name in norms}}
 
 
 def _head_norms(layer: int, name: str, heads: int) -> list[str]:

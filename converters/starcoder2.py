@@ -16,6 +16,7 @@ from ohmygpu.convert.windows import read_window
 
 from . import arcee, llama
 from .llama import ignored, view
+from .stablelm import with_norm_biases
 
 __all__ = ["Config", "build", "ignored", "view", "weights"]
 
@@ -55,7 +56,7 @@ class Config(llama.Config):
 
 def weights(config: llama.Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the files and its shape."""
-    found = llama.with_norm_biases(arcee.weights(config))
+    found = with_norm_biases(arcee.weights(config))
     for name in [name for name in found if ".mlp." in name]:
         own = name.replace("up_proj", "c_fc").replace("down_proj", "c_proj")
         found[own] = found.pop(name)

@@ -14,7 +14,7 @@ from ohmygpu.convert.gguf import GgufModel
 from ohmygpu.convert.tokenizer_gguf import read_gguf_tokenizer
 from ohmygpu.runtime_onnx.template import ChatTemplate
 from tests.convert.hard_text import HARD_TEXTS
-from tests.runtime_onnx.test_template_tools import TALKS, TOOLS, as_request
+from tests.runtime_onnx.tool_talks import TALKS, TOOLS, as_request
 
 pytestmark = pytest.mark.reference
 
