@@ -49,6 +49,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeProvider:
     monkeypatch.setattr(providers, "provider_for", lambda *_: chosen)
     monkeypatch.setattr(process, "COMPILER", (sys.executable, "-c", COMPILER))
     monkeypatch.setattr(hardware, "target", lambda *_: "cpu")
+    monkeypatch.setattr(hardware, "multiplies_integers", lambda: False)
     monkeypatch.setattr(recipes, "SMALL_FLOAT_BYTES", 0)  # as if the model were a large one
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     return chosen
@@ -277,6 +278,37 @@ def test_the_record_says_why_the_recipe_was_chosen_and_on_what_machine(
     assert asked == f"asked for, with --recipe{machine}"
     monkeypatch.setenv("OHMYGPU_MODELS_RECIPE", "q4")
     assert do_pull("org/other").recipe_reason == f"the setting models.recipe{machine}"
+
+
+def test_a_fast_processor_with_room_for_both_gets_a_graph_for_prompts(
+    fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, memory = do_pull(), 1 << 40
+    assert "in the same graph" in one.prompt_reason
+    assert "VNNI" in one.prompt_reason
+    monkeypatch.setattr(hardware, "multiplies_integers", lambda: True)
+    monkeypatch.setattr(hardware, "memory_total_bytes", lambda: memory)
+    two = do_pull()
+    assert "fast at 8-bit integers" in two.prompt_reason
+    assert two.compiled_key != one.compiled_key
+    memory = 1 << 20
+    small = do_pull()
+    assert "of memory" in small.prompt_reason
+    assert small.compiled_key == one.compiled_key
+    assert do_pull(recipe="f32").prompt_reason == ""
+
+
+def test_the_setting_decides_on_a_graph_for_prompts(
+    fake: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for setting, fast in (("off", True), ("on", True), ("on", False)):
+        monkeypatch.setenv("OHMYGPU_ENGINE_PROMPT_GRAPH", setting)
+        monkeypatch.setattr(hardware, "multiplies_integers", lambda fast=fast: fast)
+        record = do_pull()
+        keys.append(record.compiled_key)
+        assert f"engine.prompt_graph is {setting}" in record.prompt_reason
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize(

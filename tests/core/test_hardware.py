@@ -194,6 +194,24 @@ def test_the_machine_is_described_by_what_decides_speed_and_room(
     assert hardware.describe() == "x86_64 with AVX2, VNNI, 1 core"
 
 
+@pytest.mark.parametrize(
+    ("sets", "fast"),
+    [
+        ((), False),
+        (("AVX2", "AVX-512"), False),
+        (("AVX2", "VNNI"), True),
+        (("AVX2", "AVX-512", "AMX"), True),
+        (("DotProd",), False),
+        (("DotProd", "I8MM"), True),
+    ],
+)
+def test_integers_are_fast_with_vnni_amx_or_i8mm(
+    sets: tuple[str, ...], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "instruction_sets", lambda: sets)
+    assert hardware.multiplies_integers() == fast
+
+
 def test_a_container_has_the_memory_of_its_control_group(tmp_path: Path) -> None:
     root = machine(
         tmp_path,
