@@ -10,7 +10,8 @@ terminal directly when no daemon answers; the store's locks make both safe at on
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from .core.refs import ModelRef, check_name
 from .core.repository import GcReport, Removed, Repository
 from .core.settings import Settings
 from .plan import Plan, compiled_estimate_bytes, make_plan
-from .verify import check_sources, is_measured, measure
+from .verify import check_sources, is_measured, measure, not_measurable
 
 if TYPE_CHECKING:
     from .core.provider import Provider
@@ -49,6 +50,7 @@ def pull(
     recipe: str | None = None,
     adapter: str | None = None,
     verify: bool = False,
+    export: bool = False,
     sink: EventSink = ignore,
     cancel: threading.Event | None = None,
 ) -> InstallRecord:
@@ -57,13 +59,15 @@ def pull(
     `name` is the name to install under instead of its own, `recipe` what to compile to instead of
     what suits the source; `adapter` refers to a LoRA adapter to merge into it, whose name it then
     has. With `verify` the result is measured against the same weights in float32,
-    unless it was already. Blocks until done; `sink` receives the events on this thread and, last,
+    unless it was already. `export` agrees to the environment that a model without a family file is
+    exported in, where there is none yet: ConsentNeeded otherwise. Blocks until done; `sink` receives the events on this thread and, last,
     exactly one `done` or `error`. Setting `cancel` ends it with Cancelled within about a second;
     what was downloaded stays for the next try.
     """
     cancel = cancel or threading.Event()
     try:
-        record = _pull(reference, settings, name, recipe, adapter, verify, sink, cancel)
+        asked = _Asked(reference, name, recipe, adapter, verify, export)
+        record = _pull(asked, settings, sink, cancel)
     except Exception as cause:
         error = _as_error(cause, settings)
         sink(Event("error", error.message, error=error))
@@ -102,35 +106,44 @@ def is_text_part(name: str) -> bool:
     return name in family.TEXT_PARTS
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `pull` was asked for."""
+
+    reference: str
+    name: str | None
+    recipe: str | None
+    adapter: str | None
+    verify: bool
+    export: bool
+
+
 def _pull(
-    reference: str,
-    settings: Settings,
-    name: str | None,
-    recipe: str | None,
-    adapter: str | None,
-    verify: bool,
-    sink: EventSink,
-    cancel: threading.Event,
+    asked: _Asked, settings: Settings, sink: EventSink, cancel: threading.Event
 ) -> InstallRecord:
     from .core.providers import provider_for, with_adapter
 
-    ref = ModelRef.parse(reference)
-    name = None if name is None else _given_name(name)
+    ref = ModelRef.parse(asked.reference)
+    name = None if asked.name is None else _given_name(asked.name)
     repository = Repository(settings.home)
     sink(Event("resolve", f"looking up {ref.display}"))
     provider = provider_for(ref, settings)
-    if adapter is not None:
-        provider = with_adapter(provider, ModelRef.parse(adapter), settings)
+    if asked.adapter is not None:
+        provider = with_adapter(provider, ModelRef.parse(asked.adapter), settings)
     try:
         resolved = provider.resolve(ref)
     except NetworkError as error:
-        raise _unreachable(error, repository, reference) from error
+        raise _unreachable(error, repository, asked.reference) from error
     _stop_if(cancel)
-    plan = make_plan(resolved, settings, name, recipe)
+    plan = make_plan(resolved, settings, name, asked.recipe)
+    if plan.exported and asked.verify:
+        raise not_measurable(plan.name)
     if plan.adapter_mismatch:
         sink(Event("resolve", plan.adapter_mismatch))
     record = _installed(repository, plan)
     fresh = False
+    if record is None and plan.exported:
+        _check_consent(plan, settings, asked.export)
     if record is None or not _is_current(record, plan):
 
         def on_wait() -> None:
@@ -141,10 +154,10 @@ def _pull(
             fresh = record is None
             if record is None:
                 with repository.lease():
-                    record = _install(repository, provider, plan, sink, cancel)
+                    record = _install(repository, provider, plan, settings, sink, cancel)
             else:
                 record = _update_default(repository, record, plan)
-    if verify and not is_measured(repository, record):
+    if asked.verify and not is_measured(repository, record):
         fresh = True
         _measure(repository, provider, plan, record, settings, sink, cancel)
     if fresh and not settings.models.keep_source:
@@ -152,14 +165,41 @@ def _pull(
     return record
 
 
+def _check_consent(plan: Plan, settings: Settings, agreed: bool) -> None:
+    from .exporter import environment
+
+    model_type = str((plan.resolved.config or {}).get("model_type"))
+    subject = f"{plan.name} has the architecture {model_type}, which has no converter"
+    environment.check_consent(settings, agreed, subject)
+
+
 def _install(
     repository: Repository,
     provider: Provider,
     plan: Plan,
+    settings: Settings,
     sink: EventSink,
     cancel: threading.Event,
 ) -> InstallRecord:
     """Fetch, verify, compile and record, with the model's lock and a lease held."""
+    if not plan.exported:
+        return _fetch_and_compile(repository, provider, plan, (), sink, cancel)
+    from .exporter import environment
+
+    with environment.in_use(settings, sink, cancel) as python:
+        environment.try_config(python, plan.resolved.config or {}, sink, cancel)
+        exporter = environment.command(python)
+        return _fetch_and_compile(repository, provider, plan, exporter, sink, cancel)
+
+
+def _fetch_and_compile(
+    repository: Repository,
+    provider: Provider,
+    plan: Plan,
+    exporter: Sequence[str],
+    sink: EventSink,
+    cancel: threading.Event,
+) -> InstallRecord:
     if plan.ref.provider != "file":  # of a file the name may stay when its bytes are the same
         repository.check_name_free(_draft(plan, ()))
     repository.claim(*(file.digest for file in plan.resolved.files if file.digest))
@@ -184,7 +224,7 @@ def _install(
                     raise
                 check_sources(repository, artifacts, sink, cancel)
             _stop_if(cancel)
-            _compile(repository, draft, plan, sink, cancel)
+            _compile(repository, draft, plan, exporter, sink, cancel)
     folder = repository.compiled_path(draft.compiled_key)
     compiled = CompiledModel.load(folder)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != FIDELITY_FILE)
@@ -237,13 +277,14 @@ def _compile(
     repository: Repository,
     draft: InstallRecord,
     plan: Plan,
+    exporter: Sequence[str],
     sink: EventSink,
     cancel: threading.Event,
 ) -> None:
     """Compile into a temporary folder and commit that."""
     from .convert.process import compile_in_subprocess
 
-    message = f"compiling {draft.full_name}"
+    message = f"{'exporting' if plan.exported else 'compiling'} {draft.full_name}"
 
     def progress(done_bytes: int, total_bytes: int) -> None:
         sink(Event("compile", message, done_bytes=done_bytes, total_bytes=total_bytes))
@@ -254,7 +295,9 @@ def _compile(
         sources = {
             artifact.filename: repository.blob_path(artifact.sha256) for artifact in draft.artifacts
         }
-        compile_in_subprocess(sources, folder, draft.recipe, plan.target, progress, cancel)
+        compile_in_subprocess(
+            sources, folder, draft.recipe, plan.target, progress, cancel, exporter=exporter
+        )
         repository.commit_compiled(folder, draft.compiled_key)
     finally:
         repository.discard(folder)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .core.errors import InvalidRequest
+from .core.errors import InvalidRequest, OutOfMemory, UnsupportedModel
 from .core.manifests import source_of_reference
 from .core.model_files import check_tokenizer
 from .core.refs import ModelRef, check_name, quant_label
@@ -37,6 +37,8 @@ _WITHOUT_MINIMUMS = ("Q8_0", "Q6_K", "MXFP4", "F16", "FP16", "BF16", "F32", "FP3
 _MXFP4 = ("gpt-oss",)  # architectures whose experts are MXFP4, whatever else a file is
 _LOADED = 1.25  # memory per byte of weights, once ONNX Runtime has packed them
 _WORKING_BYTES = 512 << 20
+_EXPORT_COPIES = 2.3  # of the weights in float32, at most at once
+_EXPORT_WORKING_BYTES = 1 << 30  # torch, transformers, the graph
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 
@@ -53,6 +55,7 @@ class Plan:
     target: str
     family: str  # part of the compile key; "" for GGUF, whose bytes alone decide it
     wants_default: bool  # asked for by the bare name
+    exported: bool = False  # no family builds it: transformers makes its graph
 
     @property
     def ref(self) -> ModelRef:
@@ -95,9 +98,12 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
     from .core import hardware
 
     filenames = [file.filename for file in resolved.files]
-    family_name = (
-        "" if resolved.config is None else family.check_supported(resolved.config, filenames)
-    )
+    family_name = ""
+    if resolved.config is not None:
+        try:
+            family_name = family.check_supported(resolved.config, filenames)
+        except UnsupportedModel as refusal:
+            return _exported_plan(resolved, settings, name, recipe, refusal)
     if resolved.gguf_architecture is not None:
         family.check_gguf_architecture(resolved.gguf_architecture, filenames[0])
     if resolved.source_format == "gguf":
@@ -145,6 +151,75 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
         family="" if source_format == "gguf" else family_name,
         wants_default=resolved.ref.variant is None,
     )
+
+
+def _exported_plan(
+    resolved: Resolved,
+    settings: Settings,
+    name: str | None,
+    recipe: str | None,
+    refusal: UnsupportedModel,
+) -> Plan:
+    """The plan for a model that no family builds. Raises `refusal` where it cannot be exported."""
+    from .convert import family
+    from .core import hardware
+    from .exporter import architectures, environment
+
+    config = resolved.config or {}
+    if config.get("model_type") in family.supported_model_types():
+        raise refusal  # a family has said what it cannot build of this
+    model_type = architectures.check_exportable(config, refusal)
+    check_tokenizer([file.filename for file in resolved.files], resolved.display_name)
+    asked, reason = _asked_recipe(resolved, settings, recipe)
+    if asked not in (None, "f32") and asked != settings.models.recipe:
+        raise InvalidRequest(
+            f"the architecture {model_type} has no converter, and what transformers exports is f32 "
+            f"alone, not {asked}; leave the recipe out",
+            param="recipe",
+        )
+    if resolved.adapter is not None:
+        raise InvalidRequest(
+            f"the architecture {model_type} has no converter, and only those merge adapters",
+            param="adapter",
+        )
+    if settings.engine.execution_provider == "CUDA":
+        raise InvalidRequest(
+            f"the architecture {model_type} has no converter, and exported models run on the CPU; "
+            "set engine.execution_provider to auto or CPU",
+            param="execution_provider",
+        )
+    _check_memory(_float_bytes(resolved), hardware.memory_available_bytes())
+    return Plan(
+        resolved=resolved,
+        name=check_name(name or resolved.display_name),
+        variant="f32",
+        recipe="f32",
+        recipe_reason=(
+            f"{reason or 'the only one of exported models'} "
+            f"(exported for cpu on {hardware.describe()})"
+        ),
+        prompt_reason="",
+        target="cpu",
+        family=f"{model_type} exported by {environment.version()}",
+        wants_default=resolved.ref.variant is None,
+        exported=True,
+    )
+
+
+def _check_memory(float_bytes: int, free_bytes: int) -> None:
+    """Raise OutOfMemory unless an export fits: it holds all weights in float32, twice for a time.
+
+    Zero free bytes means that the system does not say.
+    """
+    needed = int(float_bytes * _EXPORT_COPIES) + _EXPORT_WORKING_BYTES
+    if 0 < free_bytes < needed:
+        raise OutOfMemory(
+            f"exporting the model takes about {human_bytes(needed)} of memory and "
+            f"{human_bytes(free_bytes)} are free; unload other models, close programs or pull a "
+            "smaller model",
+            needed_bytes=needed,
+            free_bytes=free_bytes,
+        )
 
 
 def _experts_can_be_kept(resolved: Resolved) -> bool:

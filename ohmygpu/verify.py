@@ -54,6 +54,14 @@ def verify(
     return found
 
 
+def not_measurable(name: str) -> InvalidRequest:
+    """The error for measuring a model that transformers exported."""
+    return InvalidRequest(
+        f"{name} is exported in float32 as it is, so there is no difference to measure",
+        param="verify",
+    )
+
+
 def is_measured(repository: Repository, record: InstallRecord) -> bool:
     """Whether all graphs of the model were measured on today's text."""
     folder = repository.compiled_path(record.compiled_key)
@@ -84,6 +92,8 @@ def measure(
             f"{record.full_name} turns texts into vectors; what can be measured is how a model "
             "continues a text"
         )
+    if compiled.exported is not None:
+        raise not_measurable(record.full_name)
 
     def on_wait() -> None:
         sink(Event("measure", f"another process is measuring {record.full_name}; waiting for it"))

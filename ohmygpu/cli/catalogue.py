@@ -31,6 +31,7 @@ _PULL_SETTINGS = (
     "pypi.",
     "models.recipe",
     "models.keep_source",
+    "exporter.",
     "engine.execution_provider",  # what it is compiled for
 )
 
@@ -61,16 +62,22 @@ class Catalogue:
         *,
         adapter: str | None = None,
         verify: bool = False,
+        export: bool = False,
     ) -> str:
         """Install a model, and measure it with `verify`; its name. Raises Cancelled on Ctrl-C."""
         try:
             with self._daemon_for_pull() as client:
                 if client is not None:
                     events = client.pull(
-                        reference, name=name, recipe=recipe, adapter=adapter, verify=verify
+                        reference,
+                        name=name,
+                        recipe=recipe,
+                        adapter=adapter,
+                        verify=verify,
+                        export=export,
                     )
                     return _follow(events, sink)
-            return self._pull(reference, name, recipe, adapter, sink, verify)
+            return self._pull(reference, name, recipe, adapter, sink, verify, export)
         except (Cancelled, KeyboardInterrupt):
             raise Cancelled(
                 "stopped; run the same command again, and it goes on from here"
@@ -116,6 +123,7 @@ class Catalogue:
         adapter: str | None,
         sink: EventSink,
         verify: bool,
+        export: bool,
     ) -> str:
         from ohmygpu.install import pull
 
@@ -127,6 +135,7 @@ class Catalogue:
                 recipe=recipe,
                 adapter=adapter,
                 verify=verify,
+                export=export,
                 sink=sink,
                 cancel=cancel,
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ohmygpu.core.errors import CorruptFile
+from ohmygpu.core.errors import Cancelled, ConsentNeeded, CorruptFile
 from ohmygpu.core.records import GRAPH_FILE
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
@@ -17,7 +18,7 @@ from ohmygpu.install import is_text_part
 
 from .catalogue import Catalogue
 from .options import json_option, model_name
-from .output import fields, human_age, line, note, table, write_json
+from .output import fields, human_age, is_terminal, line, note, table, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def model() -> None:
     is_flag=True,
     help="Also measure how close the result is to the same weights in float32 (see model verify).",
 )
+@click.option(
+    "--yes",
+    is_flag=True,
+    help="Do not ask before the exporter is downloaded, where a model needs that.",
+)
 @json_option("Print the installed model as JSON.")
 def pull(
     reference: str,
@@ -57,6 +63,7 @@ def pull(
     recipe: str | None,
     adapter: str | None,
     verify: bool,
+    yes: bool,
     as_json: bool,
 ) -> None:
     """Install a model: download it, verify it and compile it for this machine.
@@ -72,9 +79,14 @@ def pull(
       smollm2              a short name for a well-known repository
 
     A pull that was stopped goes on from where it was.
+
+    An architecture without a converter is exported by transformers, in an environment of its own
+    that is made once: you are told its size and asked.
     """
     catalogue = Catalogue(load_settings())
-    full_name = pull_model(catalogue, reference, name, recipe, adapter=adapter, verify=verify)
+    full_name = pull_model(
+        catalogue, reference, name, recipe, adapter=adapter, verify=verify, export=yes
+    )
     installed = catalogue.model(full_name)
     if as_json:
         write_json(to_json(installed))
@@ -97,13 +109,32 @@ def pull_model(
     *,
     adapter: str | None = None,
     verify: bool = False,
+    export: bool = False,
 ) -> str:
-    """Install a model with its progress on stderr; the installed name."""
+    """Install a model with its progress on stderr; the installed name.
+
+    Where the exporter is needed and `export` does not agree to it, the user is asked; raises
+    ConsentNeeded where there is no terminal to ask at.
+    """
     # Absolute paths: the daemon has another working directory.
     absolute = ModelRef.parse(reference).display
     merged = None if adapter is None else ModelRef.parse(adapter).display
-    with Progress() as progress:
-        return catalogue.pull(absolute, name, recipe, progress, adapter=merged, verify=verify)
+
+    def attempt(agreed: bool) -> str:
+        with Progress() as progress:
+            return catalogue.pull(
+                absolute, name, recipe, progress, adapter=merged, verify=verify, export=agreed
+            )
+
+    try:
+        return attempt(export)
+    except ConsentNeeded as needed:
+        if export or not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+            raise
+        note(needed.message)
+        if not click.confirm("Make it now?", err=True):
+            raise Cancelled("nothing was downloaded") from None
+    return attempt(True)
 
 
 @model.command("verify")

@@ -15,6 +15,7 @@ from ohmygpu.core.sizes import human_bytes
 from .output import human_duration, is_terminal, note
 
 LABELS = {
+    "prepare": "making the exporter",
     "download": "downloading",
     "verify": "verifying",
     "compile": "compiling",

@@ -97,6 +97,7 @@ class Client:
         recipe: str | None = None,
         adapter: str | None = None,
         verify: bool = False,
+        export: bool = False,
     ) -> Generator[Event, None, None]:
         """Progress of an install, `done` last; an `error` event is raised instead of yielded.
 
@@ -108,6 +109,7 @@ class Client:
             "recipe": recipe,
             "adapter": adapter,
             "verify": verify or None,
+            "export": export or None,
         }
         body = {key: value for key, value in body.items() if value is not None}
         yield from self._events("/v1/models/pull", body)

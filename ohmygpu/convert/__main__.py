@@ -2,7 +2,8 @@
 
 The first line of standard input is the job:
 
-    {"files": {name: path}, "output": folder, "recipe": name, "target": "cpu" | "cuda"}
+    {"files": {name: path}, "output": folder, "recipe": name, "target": "cpu" | "cuda",
+     "exporter": command or absent}
 
 Standard output carries JSON lines: {"done_bytes", "total_bytes"} as it goes, then exactly one of
 {"compiled": CompiledModel} and {"error": OhMyGPUError}. The process ends, leaving its output
@@ -60,6 +61,7 @@ def _parse(line: bytes) -> dict[str, Any]:
             "output": Path(job["output"]),
             "recipe": str(job["recipe"]),
             "target": str(job["target"]),
+            "exporter": [str(word) for word in job.get("exporter") or ()],
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidRequest(f"not a compile job: {type(error).__name__}: {error}") from error
@@ -67,6 +69,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _compile(job: Mapping[str, Any], output: TextIO) -> dict[str, Any]:
     from .compile import compile_model
+    from .exported import compile_exported
 
     last = 0.0
 
@@ -77,7 +80,11 @@ def _compile(job: Mapping[str, Any], output: TextIO) -> dict[str, Any]:
             last = now
             _write(output, {"done_bytes": done_bytes, "total_bytes": total_bytes})
 
-    return asdict(compile_model(progress=report, **job))
+    plain = dict(job)
+    exporter = plain.pop("exporter")
+    if exporter:
+        return asdict(compile_exported(job["files"], job["output"], exporter, report))
+    return asdict(compile_model(progress=report, **plain))
 
 
 def _write(output: TextIO, message: Mapping[str, Any]) -> None:

@@ -23,10 +23,11 @@ def compile_in_subprocess(
     progress: Callable[[int, int], None],
     cancel: threading.Event,
     command: Sequence[str] | None = None,
+    exporter: Sequence[str] = (),
 ) -> CompiledModel:
     """`compile_model` in a subprocess, which is gone when this returns or raises.
 
-    Raises what the compile raises; Cancelled; OutOfMemory when the system killed it; OhMyGPUError
+    With `exporter`, the command that exports, transformers makes the graph. Raises what the compile raises; Cancelled; OutOfMemory when the system killed it; OhMyGPUError
     when it ended without an answer.
     """
     job = {
@@ -34,6 +35,7 @@ def compile_in_subprocess(
         "output": str(output),
         "recipe": recipe,
         "target": target,
+        "exporter": list(exporter),
     }
     run_job(command or COMPILER, job, "compiled", progress, cancel, _WORDS)
     return CompiledModel.load(output)

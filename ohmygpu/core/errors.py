@@ -7,6 +7,7 @@ Domain code raises these; only the edges translate them: `daemon/errors.py` to H
     ├── InvalidRequest              a request or argument that can never succeed as sent
     │   ├── InvalidName             not a model name we can parse
     │   ├── ContextLengthExceeded   prompt longer than the context
+    │   ├── ConsentNeeded           it would download or take much more than was asked for
     │   └── ConfigError             config.toml, environment or flag: which key, which value
     ├── NotFound
     │   ├── ModelNotFound           not installed (suggests near names) or absent at its provider
@@ -86,6 +87,12 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt is longer than the context; details: prompt_tokens, context_tokens."""
 
     code = "context_length_exceeded"
+
+
+class ConsentNeeded(InvalidRequest):
+    """What was asked for needs a large download that nobody agreed to; details: param, sizes."""
+
+    code = "consent_needed"
 
 
 class ConfigError(InvalidRequest):

@@ -1,7 +1,8 @@
 """Progress events: one small noun, the same in the CLI, over HTTP and between processes.
 
-A pull yields them in order: `resolve`, then `download` (many, one counter over all files), then
-`verify`, then `compile` (many), then exactly one `done` or `error`. Where the result is to be
+A pull yields them in order: `resolve`, for a model that has to be exported `prepare` (many, with
+bytes while the exporter's environment is made), then `download` (many, one counter over all files),
+then `verify`, then `compile` (many), then exactly one `done` or `error`. Where the result is to be
 measured, `compile` (the float32 reference) and `measure` (many, counting bytes of text) follow;
 measuring an installed model yields `verify` (of its source files) and these.
 """
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from .errors import OhMyGPUError
 
-Phase = Literal["resolve", "download", "verify", "compile", "measure", "done", "error"]
+Phase = Literal["resolve", "prepare", "download", "verify", "compile", "measure", "done", "error"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,12 +104,37 @@ def _adapter(data: dict[str, Any] | None) -> Adapter | None:
     return Adapter(str(data["source_ref"]), Revision(**revision) if revision else None)
 
 
+@dataclass(frozen=True, slots=True)
+class ExportedGraph:
+    """What a graph that transformers exported takes and gives (docs/exported-models.md).
+
+    B rows, S new tokens, P tokens before them, padded on the left where rows differ:
+
+        input_ids (B, S), attention_mask (B, P+S), position_ids (B, S)    int64; those in `inputs`
+        cache[i].past (B, K, P, D) → cache[i].present (B, K, P+S, D)      float32
+        → logits float32 (B, 1, V) of the last token, or (B, S, V) where `last_only` is false
+    """
+
+    exporter: str  # "transformers 5.23.0"
+    inputs: tuple[str, ...]
+    cache: tuple[tuple[str, str, int, int], ...]  # (past, present, K, D) of each keys and values
+    last_only: bool
+    batches: bool  # whether rows of different lengths can run at once
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ExportedGraph:
+        """Inverse of `asdict`, after JSON. Raises TypeError or ValueError for anything else."""
+        cache = tuple((str(a), str(b), int(k), int(d)) for a, b, k, d in data["cache"])
+        inputs = tuple(str(name) for name in data["inputs"])
+        return ExportedGraph(**{**data, "cache": cache, "inputs": inputs})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledModel:
     """`compile.json`: all that serving needs to know beside the graph and the tokenizer.
 
     The graph, `model.onnx` (B rows, S new tokens, R rows of logits, K kv heads, T buffer length,
-    D head_dim, V vocabulary):
+    D head_dim, V vocabulary), unless `exported` describes another one:
 
         input_ids              int64 (B, S)
         seqlens_k              int32 (B,)      total length of each row after this run, minus one
@@ -173,6 +198,7 @@ class CompiledModel:
     embedding_length: int = 0  # numbers in a vector
     lower_case: bool = False  # texts are to be put in lower case
     prompts: dict[str, str] = field(default_factory=dict)  # for callers to put before their texts
+    exported: ExportedGraph | None = None  # of a decoder that no family built
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -180,6 +206,8 @@ class CompiledModel:
         if self.kind == "encoder":
             return 0
         element_bytes = _ELEMENT_BYTES[self.kv_dtype]
+        if self.exported is not None:
+            return sum(heads * width for *_, heads, width in self.exported.cache) * element_bytes
         return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
 
     def served_context_tokens(self, wanted_tokens: int) -> int:
@@ -209,6 +237,8 @@ class CompiledModel:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
+            if data.get("exported") is not None:
+                data["exported"] = ExportedGraph.from_dict(data["exported"])
             return CompiledModel(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error

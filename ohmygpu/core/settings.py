@@ -30,6 +30,7 @@ from .values import parse_duration
 
 __all__ = [
     "EngineSettings",
+    "ExporterSettings",
     "HubSettings",
     "ModelSettings",
     "PypiSettings",
@@ -134,6 +135,20 @@ class PypiSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ExporterSettings:
+    """How models without a family file are exported."""
+
+    python: str = _setting(
+        "", values.text, "a Python with torch and transformers to export with; made when empty"
+    )
+    torch_index: str = _setting(
+        "https://download.pytorch.org/whl/cpu",
+        values.url("https", "http", "file"),
+        "the package index with torch for CPUs",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings. `origins` says where each value that is not a default came from."""
 
@@ -143,6 +158,7 @@ class Settings:
     engine: EngineSettings = EngineSettings()
     hub: HubSettings = HubSettings()
     pypi: PypiSettings = PypiSettings()
+    exporter: ExporterSettings = ExporterSettings()
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -313,8 +329,8 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def _unknown_section(section: str, origin: str) -> ConfigError:
-    near = difflib.get_close_matches(section[:100], _SECTIONS, n=1)
-    near = near or [key for key in _FIELDS if key.endswith(f".{section}")]
+    near = [key for key in _FIELDS if key.endswith(f".{section}")]
+    near = near or difflib.get_close_matches(section[:100], _SECTIONS, n=1)
     hint = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(_SECTIONS)}"
     return ConfigError(
         f'unknown section or setting "{_shown(section)}" ({origin}); {hint}',

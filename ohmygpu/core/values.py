@@ -125,6 +125,13 @@ def choice(*options: str) -> Parser:
     return parse
 
 
+def text(value: Any) -> str:
+    """Parser of text on one line."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("must be text on one line")
+    return value.strip()
+
+
 def strings(value: Any) -> tuple[str, ...]:
     """Parser of a list of strings, or of text with commas between them."""
     if isinstance(value, str):

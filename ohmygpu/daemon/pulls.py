@@ -25,6 +25,7 @@ class PullFunction(Protocol):
         recipe: str | None,
         adapter: str | None,
         verify: bool,
+        export: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:
@@ -63,6 +64,7 @@ class Pulls:
         recipe: str | None = None,
         adapter: str | None = None,
         verify: bool = False,
+        export: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Events of the pull until its `done` or `error`; closing it may cancel the pull.
 
@@ -76,13 +78,14 @@ class Pulls:
                 recipe=recipe,
                 adapter=adapter,
                 verify=verify,
+                export=export,
                 sink=sink,
                 cancel=cancel,
             )
 
         work = Work(f"pull of {reference}", run, self._on_installed)
         merged = None if adapter is None else _canonical(adapter)
-        return self._jobs.watch((_canonical(reference), name, recipe, merged, verify), work)
+        return self._jobs.watch((_canonical(reference), name, recipe, merged, verify, export), work)
 
     async def shutdown(self, timeout_s: float) -> None:
         """Cancel all pulls and wait for them, `timeout_s` at most."""

@@ -28,7 +28,7 @@ from .streams import (
     stream_response,
 )
 
-_PULL_FIELDS = frozenset({"model", "name", "recipe", "adapter", "verify", "stream"})
+_PULL_FIELDS = frozenset({"model", "name", "recipe", "adapter", "verify", "export", "stream"})
 _VERIFY_FIELDS = frozenset({"model", "stream"})
 _UNLOAD_FIELDS = frozenset({"model"})
 _GC_FIELDS = frozenset({"sources"})
@@ -81,8 +81,9 @@ async def pull() -> Response:
     adapter = text_field(body, "adapter")
     adapter = None if adapter is None else checked_reference(adapter)
     verify = boolean_field(body, "verify", default=False)
+    export = boolean_field(body, "export", default=False)
     events = services().pulls.watch(
-        reference, name=name, recipe=recipe, adapter=adapter, verify=verify
+        reference, name=name, recipe=recipe, adapter=adapter, verify=verify, export=export
     )
     return await _events_response(events, boolean_field(body, "stream", default=True))
 

@@ -72,6 +72,15 @@ def tensor_names(layers: int) -> list[tuple[str, str]]:
     ]
 
 
+def _layout(compiled: CompiledModel) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """(past, present) names of the KV tensors, and their (K, D), in buffer order."""
+    if compiled.exported is None:
+        names = tensor_names(compiled.layers)
+        return names, [(compiled.kv_heads, compiled.head_dim)] * len(names)
+    cache = compiled.exported.cache
+    return [(past, present) for past, present, *_ in cache], [(k, d) for *_, k, d in cache]
+
+
 class HostKVCache:
     """KV in this process's memory: mapped for the whole context at once, resident where written."""
 
@@ -82,14 +91,14 @@ class HostKVCache:
         self.slots = slots
         self.context_tokens = context_tokens
         self.extent = [0] * slots
-        self._names = tensor_names(compiled.layers)
+        self._names, sizes = _layout(compiled)
         self._rows = list(range(slots))  # slot → row
         self._slots = list(range(slots))  # row → slot
         self._dtype = np.dtype(compiled.kv_dtype)
-        shape = (slots, compiled.kv_heads, context_tokens, compiled.head_dim)
         self._maps: list[mmap.mmap] = []
         self._tensors: list[Array] = []  # (slots, K, T, D) each
-        for _ in self._names:
+        for heads, width in sizes:
+            shape = (slots, heads, context_tokens, width)
             mapping = _map_lazily(prod(shape) * self._dtype.itemsize)
             self._maps.append(mapping)
             self._tensors.append(np.frombuffer(mapping, self._dtype).reshape(shape))
@@ -101,6 +110,10 @@ class HostKVCache:
     def slot_at(self, row: int) -> int:
         """The slot in a row."""
         return self._slots[row]
+
+    def rows_of(self, slot: int) -> list[Array]:
+        """A slot's keys and values, in buffer order: views (K, T, D) to read and write."""
+        return [tensor[self._rows[slot]] for tensor in self._tensors]
 
     def bind(self, binding: Any, first_row: int, rows: int) -> None:
         """Bind past and present of `rows` rows of every layer to an IOBinding."""
@@ -141,16 +154,16 @@ class HostKVCache:
         advise = getattr(mmap, "MADV_DONTNEED", None)
         if advise is None:  # Windows keeps the pages until the model is unloaded
             return
-        _, heads, tokens, width = self._tensors[0].shape
-        head_bytes = tokens * width * self._dtype.itemsize
-        first = self._rows[slot] * heads
-        for head in range(first, first + heads):
-            start = head * head_bytes + keep * width * self._dtype.itemsize
-            start += -start % mmap.PAGESIZE
-            stop = (head + 1) * head_bytes
-            stop -= stop % mmap.PAGESIZE
-            if stop > start:
-                for mapping in self._maps:
+        for mapping, tensor in zip(self._maps, self._tensors, strict=True):
+            _, heads, tokens, width = tensor.shape
+            head_bytes = tokens * width * self._dtype.itemsize
+            first = self._rows[slot] * heads
+            for head in range(first, first + heads):
+                start = head * head_bytes + keep * width * self._dtype.itemsize
+                start += -start % mmap.PAGESIZE
+                stop = (head + 1) * head_bytes
+                stop -= stop % mmap.PAGESIZE
+                if stop > start:
                     mapping.madvise(advise, start, stop - start)
 
     def _swap(self, row: int, other: int) -> None:

@@ -13,8 +13,9 @@ from ohmygpu.core.sizes import human_bytes
 from ohmygpu.runtime_api import RuntimeCaps
 
 from .engine import Engine
+from .exported import ExportedModel
 from .kv_cache import DeviceKVCache, HostKVCache, KVCache, fit_device
-from .model import SCORES_BYTES, OnnxModel, check_files
+from .model import SCORES_BYTES, Model, OnnxModel, check_files
 from .scheduler import Scheduler
 from .sequence import RopeLengths
 from .session import open_session
@@ -55,13 +56,19 @@ def load_model(spec: RunSpec) -> LoadedModel:
         prompts = open_session(folder, compiled, "CPU", threads, compiled.prompt_graph).session
     slots = spec.slots
     cache: KVCache
-    if opened.execution_provider == "CUDA":
-        gpu_bytes = max((gpu.memory_bytes for gpu in hardware.nvidia_gpus()), default=0)
-        budget_bytes = int(gpu_bytes * _USABLE_GPU_MEMORY) - compiled.weights_bytes
-        slots, context_tokens = fit_device(compiled, slots, context_tokens, budget_bytes)
-        cache = DeviceKVCache(compiled, slots, context_tokens)
+    model: Model
+    if compiled.exported is not None:
+        cache = host = HostKVCache(compiled, slots, context_tokens)
+        model = ExportedModel(opened.session, compiled, host, spec.prefill_tokens)
     else:
-        cache = HostKVCache(compiled, slots, context_tokens)
+        if opened.execution_provider == "CUDA":
+            gpu_bytes = max((gpu.memory_bytes for gpu in hardware.nvidia_gpus()), default=0)
+            budget_bytes = int(gpu_bytes * _USABLE_GPU_MEMORY) - compiled.weights_bytes
+            slots, context_tokens = fit_device(compiled, slots, context_tokens, budget_bytes)
+            cache = DeviceKVCache(compiled, slots, context_tokens)
+        else:
+            cache = HostKVCache(compiled, slots, context_tokens)
+        model = OnnxModel(opened.session, compiled, cache, spec.prefill_tokens, prompts)
     scheduler = Scheduler(
         slots=slots,
         max_queue=spec.max_queue,
@@ -70,7 +77,7 @@ def load_model(spec: RunSpec) -> LoadedModel:
         rope=RopeLengths(compiled.rope_switch_tokens, compiled.rope_grows),
     )
     engine = Engine(
-        OnnxModel(opened.session, compiled, cache, spec.prefill_tokens, prompts),
+        model,
         scheduler,
         lambda prompt_ids, stop: TextStream(tokenizer, prompt_ids, stop),
         context_tokens=context_tokens,

@@ -11,7 +11,14 @@ import pytest
 
 from ohmygpu import install
 from ohmygpu.client import ModelInfo
-from ohmygpu.core.errors import AccessDenied, Cancelled, CorruptFile, DiskFull, UnsupportedModel
+from ohmygpu.core.errors import (
+    AccessDenied,
+    Cancelled,
+    ConsentNeeded,
+    CorruptFile,
+    DiskFull,
+    UnsupportedModel,
+)
 from ohmygpu.core.events import Event, EventSink
 from ohmygpu.core.fidelity import Fidelity, save_fidelity
 from ohmygpu.core.records import Adapter, Revision
@@ -377,3 +384,57 @@ def test_an_unknown_recipe_reaches_the_user_as_the_daemon_words_it(
         script(Event("error", error=UnsupportedModel("there is no recipe q5; use q4 or q8")))
     )
     assert "q4 or q8" in omg("pull", "org/tiny", "--recipe", "q5").stderr
+
+
+class Consent:
+    """A pull that needs the exporter, and somebody who is asked."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.agreed: list[bool] = []
+
+    def pull(self, reference: str, settings: object, **arguments: Any) -> object:
+        self.agreed.append(arguments["export"])
+        if not arguments["export"]:
+            raise ConsentNeeded("290 MB to download; agree with --yes", param="export")
+        return install_fake(self.home, reference).record
+
+
+@pytest.fixture
+def consent(home: Path, monkeypatch: pytest.MonkeyPatch) -> Consent:
+    found = Consent(home)
+    monkeypatch.setattr(install, "pull", found.pull)
+    return found
+
+
+def test_without_a_terminal_a_pull_that_needs_the_exporter_says_what_to_add(
+    omg: Omg, consent: Consent
+) -> None:
+    result = omg("pull", "org/new")
+    assert result.code == 2
+    assert "--yes" in result.stderr
+    assert consent.agreed == [False]
+
+
+def test_yes_agrees_to_the_exporter_beforehand(omg: Omg, consent: Consent) -> None:
+    assert omg("pull", "org/new", "--yes").code == 0
+    assert consent.agreed == [True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "asked"), [(True, 0, [False, True]), (False, 130, [False])]
+)
+def test_at_a_terminal_the_user_is_told_the_size_and_asked(
+    omg: Omg,
+    consent: Consent,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: bool,
+    code: int,
+    asked: list[bool],
+) -> None:
+    monkeypatch.setattr("ohmygpu.cli.model.is_terminal", lambda stream: True)
+    monkeypatch.setattr("click.confirm", lambda *_, **__: answer)
+    result = omg("pull", "org/new")
+    assert result.code == code
+    assert "290 MB to download" in result.stderr
+    assert consent.agreed == asked

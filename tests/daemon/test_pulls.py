@@ -35,6 +35,7 @@ class FakePull:
         recipe: str | None,
         adapter: str | None,
         verify: bool,
+        export: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:

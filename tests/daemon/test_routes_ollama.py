@@ -34,6 +34,7 @@ class Setup:
         recipe: str | None,
         adapter: str | None,
         verify: bool,
+        export: bool,
         sink: EventSink,
         cancel: threading.Event,
     ) -> InstallRecord:

@@ -1,0 +1,1 @@
+"""Export of models without a family file, by transformers, in an environment of its own."""
