@@ -53,6 +53,7 @@ def write_prompt_graph(e: Emitter, source: Source, progress: Progress) -> int:
     mixtures of experts: most of their weights are in operators that take no products of integers.
     """
     if any(node.op_type in _EXPERTS for node in e.graph.nodes):
+        progress(source.total_bytes, source.total_bytes)
         return 0
     dtype = np.dtype(e.target.integers)
     with Graph(e.graph.folder, PROMPT_GRAPH) as graph, IntegerReader(source, dtype) as reader:
