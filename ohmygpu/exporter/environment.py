@@ -33,7 +33,6 @@ from ohmygpu.core.errors import (
     Conflict,
     ConsentNeeded,
     NetworkError,
-    OhMyGPUError,
 )
 from ohmygpu.core.events import Event, EventSink
 from ohmygpu.core.job import Words, run_job
@@ -259,8 +258,8 @@ class _Runner:
             try:
                 self.run([*pip, *what], message)
                 return
-            except _Failed as failure:
-                if "torch" not in failure.message:
+            except NetworkError as failure:
+                if "torch==" not in failure.details["reason"]:
                     raise
         self.run([*pip, *what, *extra], message)
 
@@ -305,13 +304,7 @@ class _Runner:
         )
 
 
-class _Failed(NetworkError):
-    """pip could not do what it was asked for."""
-
-    code = "exporter_failed"
-
-
-def _failure(message: str, log: IO[bytes]) -> OhMyGPUError:
+def _failure(message: str, log: IO[bytes]) -> NetworkError:
     log.seek(0)
     text = log.read().decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -319,9 +312,10 @@ def _failure(message: str, log: IO[bytes]) -> OhMyGPUError:
     if "ensurepip" in text:
         errors = ["Python cannot make virtual environments here (on Debian: install python3-venv)"]
     reason = "".join(char for char in (errors or ["no reason given"])[-1] if char.isprintable())
-    return _Failed(
+    return NetworkError(
         f"{message} failed: {reason[:300]}; check the network and pip's settings, then pull again, "
-        "or name a Python that has torch and transformers in exporter.python"
+        "or name a Python that has torch and transformers in exporter.python",
+        reason=reason,
     )
 
 

@@ -1,15 +1,17 @@
 """The cost of an exported graph beside the same model through its family file, in one run.
 
-    python -m tests.benchmarks.exported MODEL.gguf --python PYTHON [--prompt 256] [--steps 32]
+    python -m tests.benchmarks.exported MODEL.gguf --python PYTHON [--layers N]
 
-The model is written as a SafeTensors repository, compiled to f32 and exported by PYTHON (the one of
-the exporter's environment); then both run the same tokens in turns, so that whatever else the
-machine does slows both. Prints milliseconds and the ratio, the median over rounds of each.
+The model, or its first N layers, is written as a SafeTensors repository, compiled to f32 and
+exported by PYTHON (the one of the exporter's environment); then both run the same tokens in turns,
+so that what else the machine does slows both. Prints milliseconds and the median ratio of rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +30,19 @@ from ohmygpu.runtime_onnx.session import open_session
 from tests.make_repo import make_repo
 
 SLOTS = 8
+
+
+def cut(folder: Path, layers: int) -> None:
+    """Keep the first layers of the repository's model."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    found = ((name, re.search(r"layers\.(\d+)\.", name)) for name in tensors)
+    kept = {name: tensors[name] for name, match in found if not match or int(match[1]) < layers}
+    save_file(kept, path, metadata={"format": "pt"})
 
 
 def opened(folder: Path, prompt: int, steps: int) -> Model:
@@ -67,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--python", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=0, help="0 = all")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -74,12 +90,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_repo(given.gguf, folder / "repo")
+        if given.layers:
+            cut(folder / "repo", given.layers)
         files = {path.name: path for path in (folder / "repo").iterdir()}
         compile_model(files, folder / "family", "f32", "cpu")
         start = time.perf_counter()
         compile_exported(files, folder / "exported", command(given.python), lambda *_: None)
         print(f"exported in {time.perf_counter() - start:.0f} s")
-        models = [opened(folder / kind, given.prompt, given.steps) for kind in ("family", "exported")]
+        kinds = ("family", "exported")
+        models = [opened(folder / kind, given.prompt, given.steps) for kind in kinds]
         works: dict[str, Callable[[Model], float]] = {
             f"prompt of {given.prompt} tokens": lambda model: prefill(model, given.prompt)
         }
