@@ -24,16 +24,22 @@ _WEIGHTS = ("safetensors", "gguf")
 # Bytes of the compiled model per byte of source weights, rounded up: (source format, recipe).
 _GROWTH = {
     ("safetensors", "f32"): 2.1,
+    ("safetensors", "f16"): 1.05,
+    ("safetensors", "bf16"): 1.05,
     ("safetensors", "q8"): 0.7,
     ("safetensors", "q4"): 0.5,
     ("gguf", "exact"): 1.5,
     ("gguf", "f32"): 8.0,
+    ("gguf", "f16"): 4.0,
+    ("gguf", "bf16"): 4.0,
     ("gguf", "q8"): 2.2,
     ("gguf", "q4"): 1.5,
 }
 
 # Quantisations whose blocks have no minimums, in every tensor of a file that is named so.
 _WITHOUT_MINIMUMS = ("Q8_0", "Q6_K", "MXFP4", "F16", "FP16", "BF16", "F32", "FP32")
+_KEPT_BY = {"float16": "f16", "bfloat16": "bf16"}  # a config's dtype → the recipe that keeps it
+_IN_PLACE = 0.2  # what such a compile writes beside the weights that it shares with the source
 _MXFP4 = ("gpt-oss",)  # architectures whose experts are MXFP4, whatever else a file is
 _LOADED = 1.25  # memory per byte of weights, once ONNX Runtime has packed them
 _WORKING_BYTES = 512 << 20
@@ -295,8 +301,13 @@ def _estimate_bytes(resolved: Resolved, recipe: str) -> int:
 
     weights = sum(file.size for file in resolved.files if file.format in _WEIGHTS)
     source_format = resolved.source_format
-    if stored_bits(resolved.config or {}) is not None:
+    config = resolved.config or {}
+    if stored_bits(config) is not None:
         source_format = "gguf"  # as dense
+    elif source_format == "safetensors" and resolved.adapter is None:
+        dtype = str(config.get("dtype") or config.get("torch_dtype"))
+        if _KEPT_BY.get(dtype) == recipe:
+            return int(weights * _IN_PLACE)
     return int(weights * _GROWTH.get((source_format, recipe), 2.0))
 
 

@@ -33,9 +33,11 @@ from ohmygpu.core.errors import (
 )
 from ohmygpu.core.events import Event
 from ohmygpu.core.records import InstallRecord
+from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import load_settings
 from ohmygpu.install import collect_garbage, pull, remove
+from ohmygpu.plan import compiled_estimate_bytes, make_plan
 from tests.fake_pull import COMPILER, GGUF, SAFETENSORS, FakeProvider, sha256
 
 ROOT = Path(__file__).parent.parent
@@ -318,6 +320,7 @@ def test_the_setting_decides_on_a_graph_for_prompts(
         ("org/safe:q5", None, "q5"),
         ("org/safe:q4", "q8", "give one of the two"),
         ("org/safe", "exact", "GGUF"),
+        ("org/safe:bf16", None, "bf16 runs on a GPU only.*choose f32"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_before_the_download(
@@ -327,6 +330,27 @@ def test_a_recipe_that_cannot_be_is_refused_before_the_download(
     with pytest.raises(InvalidRequest, match=message):
         do_pull(reference, recipe=recipe)
     assert fake.fetches == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "share"),
+    [
+        ("bf16", "bfloat16", 0.2),  # the weights stay where they are
+        ("f16", "float16", 0.2),
+        ("f16", "bfloat16", 1.05),
+    ],
+)
+def test_weights_used_in_place_need_no_space_of_their_own(
+    fake: FakeProvider, monkeypatch: pytest.MonkeyPatch, recipe: str, dtype: str, share: float
+) -> None:
+    monkeypatch.setattr(hardware, "target", lambda execution_provider: "cuda")
+    fake.content = SAFETENSORS
+    fake.config = {"model_type": "llama", "torch_dtype": dtype}
+    resolved = fake.resolve(ModelRef.parse("org/safe"))
+    sizes = [file.size for file in resolved.files if file.format == "safetensors"]
+    plan = make_plan(resolved, load_settings(), None, recipe)
+    assert (plan.recipe, plan.target) == (recipe, "cuda")
+    assert compiled_estimate_bytes(plan) == int(sum(sizes) * share)
 
 
 def test_a_model_can_have_another_name(store: Repository) -> None:

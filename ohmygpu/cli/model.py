@@ -39,7 +39,8 @@ def model() -> None:
 @click.option(
     "--recipe",
     metavar="RECIPE",
-    help="What to compile to: auto, f32, q8, q4 or exact (quantised weights bit for bit).",
+    help="What to compile to: auto, f32, f16 or bf16 (on GPUs), q8, q4 or exact (quantised "
+    "weights bit for bit).",
 )
 @click.option(
     "--adapter",

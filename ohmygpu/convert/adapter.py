@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from .source import (
     QuantizedBlocks,
     Source,
     SourceFormat,
-    TensorInfo,
     read_whole,
 )
 
@@ -91,6 +90,10 @@ class AdapterSource:
             self.close()
             raise
         self._current: _Change | None = None
+        self.tensors = {
+            name: replace(info, place=None) if self._is_changed(name) else info
+            for name, info in base.tensors.items()
+        }
 
     @property
     def format(self) -> SourceFormat:
@@ -106,11 +109,6 @@ class AdapterSource:
     def files(self) -> Mapping[str, Path]:
         """The base model's."""
         return self.base.files
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The base model's."""
-        return self.base.tensors
 
     @property
     def quantization(self) -> str:

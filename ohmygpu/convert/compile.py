@@ -14,7 +14,7 @@ from . import recipes
 from .decoder import Decoder, Emitter
 from .embedding import as_embedding_model, embedder_of, write_embedding_graph
 from .extent import check_context, check_extent
-from .family import CONVERTER_VERSION, check_supported, family
+from .family import CONVERTER_VERSION, OVERFLOWS_FLOAT16, check_supported, family
 from .graph import Graph
 from .prompts import halves, wants_prompt_graph, write_prompt_graph
 from .recipes import Recipe, Target
@@ -61,6 +61,7 @@ def compile_source(
 ) -> CompiledModel:
     """`compile_model` for an opened source."""
     name = check_supported(source.config, source.files)
+    target = recipes.typed(target, recipe, name in OVERFLOWS_FLOAT16)
     embedder = embedder_of(source, name)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(source, output)

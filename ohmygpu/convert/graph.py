@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ohmygpu.core import files
 from ohmygpu.core.records import GRAPH_FILE
 
 DATA_FILE = GRAPH_FILE + ".data"
@@ -44,6 +45,8 @@ class Graph:
         self._data_file = f"{name}.data"
         self._data = (folder / self._data_file).open("wb")
         self._offset = 0
+        self._shared: dict[Path, str] = {}  # files of the source → their names in the folder
+        self._shared_bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._names: set[str] = set()
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -58,8 +61,8 @@ class Graph:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes written to the data file so far."""
-        return self._offset
+        """Bytes written to the data file, and used of the files shared with the source, so far."""
+        return self._offset + self._shared_bytes
 
     def input(self, name: str, dtype: np.dtype[Any] | type, shape: Shape) -> str:
         """Declare a graph input; returns its name."""
@@ -114,17 +117,39 @@ class Graph:
         start = self._offset
         for part in parts:
             array = np.ascontiguousarray(part, dtype=dtype)
-            self._data.write(array.data if array.size else b"")
+            self._data.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
             self._offset += array.nbytes
         if self._offset - start != nbytes:
             raise ValueError(f"{name}: {self._offset - start} bytes written, {nbytes} expected")
-        return self._external(name, dtype, shape, start, nbytes)
+        return self._external(name, dtype, shape, self._data_file, start, nbytes)
+
+    def share(self, path: Path) -> str | None:
+        """The name that a file of the source has in the folder from now on, its bytes not copied.
+
+        None where the file system cannot do that. ONNX Runtime reads weights from other files, but
+        only of the graph's own folder, and follows no symbolic links out of it.
+        """
+        if path not in self._shared:
+            name = f"source-{len(self._shared) + 1}.safetensors"
+            if files.share(path, self.folder / name) is None:
+                return None
+            self._shared[path] = name
+        return self._shared[path]
+
+    def shared_weight(
+        self, name: str, dtype: np.dtype[Any] | type, shape: Sequence[int], file: str, offset: int
+    ) -> str:
+        """A constant whose bytes lie in `file`, which `share` named."""
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        self._shared_bytes += nbytes
+        return self._external(name, dtype, shape, file, offset, nbytes)
 
     def alias(self, name: str, of: str, dtype: np.dtype[Any] | type, shape: Sequence[int]) -> str:
         """The bytes of the weight `of` once more, as another constant with another shape."""
         original = next(item for item in self._initializers if item.name == of)
         place = {entry.key: entry.value for entry in original.external_data}
-        return self._external(name, dtype, shape, int(place["offset"]), int(place["length"]))
+        offset, nbytes = int(place["offset"]), int(place["length"])
+        return self._external(name, dtype, shape, place["location"], offset, nbytes)
 
     def reshape(self, name: str, shape: Sequence[int]) -> None:
         """Give the constant `name` another shape of as many elements."""
@@ -199,7 +224,13 @@ class Graph:
         (self.folder / self.name).write_bytes(model.SerializeToString(deterministic=True))
 
     def _external(
-        self, name: str, dtype: np.dtype[Any] | type, shape: Sequence[int], start: int, nbytes: int
+        self,
+        name: str,
+        dtype: np.dtype[Any] | type,
+        shape: Sequence[int],
+        file: str,
+        start: int,
+        nbytes: int,
     ) -> str:
         self._take_name(name)
         tensor = TensorProto(
@@ -208,7 +239,7 @@ class Graph:
             dims=[int(size) for size in shape],
             data_location=TensorProto.EXTERNAL,
         )
-        for key, value in (("location", self._data_file), ("offset", start), ("length", nbytes)):
+        for key, value in (("location", file), ("offset", start), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         self._initializers.append(tensor)
         return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ohmygpu.core.errors import InvalidRequest
@@ -27,7 +27,7 @@ class Target:
     """
 
     name: str
-    dtype: str  # float32 | float16
+    dtype: str  # float32 | float16 | bfloat16
     accuracy_level: int
     integers: str = ""
 
@@ -53,6 +53,7 @@ class Recipe:
     head_bits: int | None  # token embedding and LM head: sensitive too, and shared when tied
     knows_inputs: bool = False  # 4-bit weights are rounded by what their inputs look like
     groups: tuple[tuple[int, int], ...] = ()  # (bits, weights that share a scale) where not 32
+    dtype: str = ""  # of weights, activations and KV cache; "" = the target's
 
     def group(self, bits: int, columns: int) -> int:
         """Weights that share a scale, in a matrix of `columns`: what was chosen, if it divides."""
@@ -101,6 +102,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "f32": Recipe("f32", 0, 0, 0),  # weights untouched
+        "f16": Recipe("f16", 0, 0, 0, dtype="float16"),  # untouched where they are float16
+        "bf16": Recipe("bf16", 0, 0, 0, dtype="bfloat16"),  # the same for bfloat16
         "q8": Recipe("q8", 8, 8, 8),  # close to lossless
         "q4": Recipe("q4", 4, 8, 8),  # smallest
         "q4-high": Recipe("q4-high", 4, 8, 8, knows_inputs=True),  # as small, closer, far slower
@@ -145,9 +148,26 @@ def check(recipe: Recipe, target: Target, has_blocks: bool) -> None:
     if recipe.name == "f32" and target.device != "cpu":
         raise InvalidRequest(
             f"the recipe f32 runs on the CPU only ({target.name} has no float32 attention); "
-            "choose q8 or q4",
+            "choose f16, bf16, q8 or q4",
             param="recipe",
         )
+    if recipe.dtype and target.device == "cpu":
+        raise InvalidRequest(
+            f"the recipe {recipe.name} runs on a GPU only (this is compiled for the CPU, which is "
+            "slow with 16-bit floats or lacks them); choose f32 (weights untouched), q8 or q4",
+            param="recipe",
+        )
+
+
+def typed(target: Target, recipe: Recipe, overflows: bool) -> Target:
+    """`target` computing in the floats that this recipe asks for or this model needs.
+
+    `overflows`: the model's activations leave the range of float16, so that every recipe that
+    leaves the choice to a GPU computes in bfloat16 there.
+    """
+    if target.device == "cpu":
+        return target
+    return replace(target, dtype=recipe.dtype or ("bfloat16" if overflows else target.dtype))
 
 
 def default_recipe(has_blocks: bool, target: Target, float_bytes: int) -> str:

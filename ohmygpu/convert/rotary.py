@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import helper
 
 from .decoder import Emitter
 from .rope import Rope, Stretched
@@ -149,7 +150,8 @@ def _scaled(e: Emitter, rope: Rope, function: str, angles: str, name: str) -> st
         scale = _constant(e, f"{name}.{function.lower()}_factor", np.float32(factor))
         value = e.graph.node(f"{path}/Mul", [value, scale])
     if e.dtype != np.float32:
-        value = e.graph.node(f"{path}/Cast", [value], to=10)  # float16
+        kind = helper.np_dtype_to_tensor_dtype(e.dtype)
+        value = e.graph.node(f"{path}/Cast", [value], to=kind)
     return value
 
 

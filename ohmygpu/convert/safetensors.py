@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from .source import (
     BlockLayout,
     Bytes,
     Float32,
+    Place,
     QuantizedBlocks,
     SourceFormat,
     TensorInfo,
@@ -94,6 +95,7 @@ class SafetensorsFile:
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
+        self._path = path
         try:
             self._file = path.open("rb")
         except OSError as error:
@@ -162,10 +164,10 @@ class SafetensorsFile:
             end += item.nbytes
         if end != data_bytes:
             raise self._corrupt(f"it has {data_bytes} bytes of data where its tensors take {end}")
-        return {
-            name: _Stored(item.info, item.offset + 8 + length, item.nbytes)
-            for name, item in stored.items()
-        }
+        return {name: self._placed(item, item.offset + 8 + length) for name, item in stored.items()}
+
+    def _placed(self, item: _Stored, offset: int) -> _Stored:
+        return _Stored(replace(item.info, place=Place(self._path, offset)), offset, item.nbytes)
 
     def _entry(self, name: str, entry: Any) -> _Stored:
         shown = repr(name[:80])

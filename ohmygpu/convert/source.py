@@ -33,16 +33,25 @@ ROWS_CHUNK_ELEMENTS = 1 << 18  # weights worked on at once: 1 MiB as float32 sta
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a file a tensor's bytes lie: row by row, little-endian, from `offset` on."""
+
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor of the source: Hugging Face name, shape (rows first) and how it is stored.
 
     `dtype` is the stored type in the file formats' own spelling: F32, F16, BF16, F8_E4M3, I64, …
-    or a GGUF block type such as Q4_K.
+    or a GGUF block type such as Q4_K. `place` says where, if a file holds it just as it is.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    place: Place | None = None
 
     @property
     def elements(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import helper
 
 from .decoder import Emitter
 from .layers import name_of
@@ -29,5 +30,5 @@ def position_temperature(e: Emitter, path: str, beta: float, original_tokens: in
     value = g.node(f"{path}/Add", [value, one])
     value = g.node(f"{path}/Unsqueeze", [value, axis])
     if e.dtype != np.float32:
-        value = g.node(f"{path}/Cast", [value], to=10)  # float16
+        value = g.node(f"{path}/Cast", [value], to=helper.np_dtype_to_tensor_dtype(e.dtype))
     return value

@@ -120,7 +120,8 @@ class ViewedSource:
     def _info(self, name: str, view: View) -> TensorInfo:
         info = self._source.tensors[view.of]
         shape = info.shape if view.rows is None else (len(view.rows), *info.shape[1:])
-        return TensorInfo(name, shape, info.dtype)
+        whole = view.rows is None and not view.offset
+        return TensorInfo(name, shape, info.dtype, info.place if whole else None)
 
 
 def neighbours_apart(names: Iterable[str], decoder: Decoder, rotary_dim: int) -> dict[str, View]:

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ohmygpu.core.errors import CorruptFile, UnsupportedModel
+from ohmygpu.core.errors import CorruptFile, InvalidRequest, UnsupportedModel
 from ohmygpu.core.hardware import logical_cores
 
 from .graph import Graph
 from .quantize import Quantized, quantize_rows
 from .recipes import GROUP, Recipe, Target
-from .source import Source, row_chunks
+from .source import Place, Source, TensorInfo, row_chunks
 
 Float32 = NDArray[np.float32]
 
+_STORED_AS = {"BF16": "bfloat16", "F16": "float16"}  # types that graphs can use as files hold them
 _MAX_WORKERS = 8  # beyond that the disk is the limit
 
 Progress = Callable[[int, int], None]
@@ -66,6 +67,7 @@ class Layout:
     has_correction: bool = False
     input_order: tuple[int, ...] = ()
     asymmetric: bool = False
+    place: Place | None = None  # where a file holds it just so: it is used in place, unless stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,10 @@ class Weights:
 
     def vector(self, names: Sequence[str], label: str) -> str:
         """One-dimensional tensors, joined, as one float constant of the graph."""
-        parts = [self._checked(name, self._source.read(name)) for name in names]
+        parts = [self._narrowed(name, self._source.read(name)) for name in names]
         for part in parts:
             self._advance(part.size)
-        return self._graph.constant(label, np.concatenate(parts).astype(self.dtype))
+        return self._graph.constant(label, np.concatenate(parts))
 
     def layout(self, name: str, *, head: bool = False) -> Layout:
         """How the recipe stores the matrix `name`."""
@@ -123,7 +125,8 @@ class Weights:
         bits = recipe.head_bits if head else recipe.bits(name, self._layers)
         if bits is not None:
             group = recipe.group(bits, self.columns(name))
-            return Layout(bits, group, asymmetric=bits == 4)
+            place = self._place(self._source.tensors[name]) if not bits else None
+            return Layout(bits, group, asymmetric=bits == 4, place=place)
         blocks = self._source.block_layout(name)
         if blocks is None:
             return Layout(0)
@@ -157,10 +160,18 @@ class Weights:
 
         def parts() -> Iterator[NDArray[Any]]:
             for name, chunk in self._chunks(names):
-                with np.errstate(over="ignore"):
-                    yield self._checked(name, chunk.astype(self.dtype, copy=False))
+                yield self._narrowed(name, chunk)
 
-        data = self._graph.weight(f"{label}.weight", self.dtype, (rows, columns), parts())
+        place = layout.place if len(names) == 1 else None
+        file = None if place is None else self._graph.share(place.path)
+        if place is None or file is None:
+            data = self._graph.weight(f"{label}.weight", self.dtype, (rows, columns), parts())
+        else:
+            for name, chunk in self._chunks(names):
+                self._checked(name, chunk)
+            data = self._graph.shared_weight(
+                f"{label}.weight", self.dtype, (rows, columns), file, place.offset
+            )
         return Matrix(rows, columns, 0, layout.group, data)
 
     def _write_quantised(self, names: Sequence[str], label: str, layout: Layout) -> Matrix:
@@ -255,6 +266,26 @@ class Weights:
         if not np.isfinite(values).all():
             raise CorruptFile(f"{name} holds NaN or infinity", tensor=name)
         return values
+
+    def _narrowed(self, name: str, values: Float32) -> NDArray[Any]:
+        """`values` in the graph's floats. Raises InvalidRequest where one is too large for them."""
+        self._checked(name, values)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(self.dtype, copy=False)
+        if self.dtype.itemsize < values.dtype.itemsize and not np.isfinite(narrow).all():
+            instead = "bf16" if self.dtype == np.float16 else "f32"
+            raise InvalidRequest(
+                f"{name} holds {float(np.abs(values).max()):.6g}, which is more than a "
+                f"{self.dtype} can be; choose the recipe {instead}",
+                param="recipe",
+            )
+        return narrow
+
+    def _place(self, info: TensorInfo) -> Place | None:
+        """Where the matrix can be used in place, if the recipe leaves it as the file has it."""
+        if not self._recipe.dtype or _STORED_AS.get(info.dtype) != self.dtype:
+            return None
+        return info.place
 
     def _advance(self, elements: int) -> None:
         self._done_elements = min(self._done_elements + elements, self._elements)

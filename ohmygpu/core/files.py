@@ -75,20 +75,28 @@ def clone(source: Path, target: Path, cancel: threading.Event | None = None) -> 
     A reflink shares the disk's blocks until one side changes; a hard link is the same file under
     a second name; where the file system has neither the bytes are copied. Raises Cancelled.
     """
-    if _reflink(source, target):
-        return "reflink"
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        pass  # another file system, or one without hard links, or not our file
-    else:
-        return "link"
+    how = share(source, target)
+    if how is not None:
+        return how
     with source.open("rb") as reader, target.open("xb") as writer:
         while chunk := reader.read(_CHUNK_BYTES):
             writer.write(chunk)
             if cancel is not None and cancel.is_set():
                 raise Cancelled("cancelled")
     return "copy"
+
+
+def share(source: Path, target: Path) -> str | None:
+    """Make `target` (new) the bytes of `source` without copying them: reflink, link or, where the
+    file system has neither, None.
+    """
+    if _reflink(source, target):
+        return "reflink"
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return None  # another file system, or one without hard links, or not our file
+    return "link"
 
 
 def _reflink(source: Path, target: Path) -> bool:

@@ -17,7 +17,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "chat_template.tool_use.jinja"  # for conversations with tools, if another
 DEFAULT_CONTEXT_TOKENS = 32768  # the longest context served unless more is asked for
 
-_ELEMENT_BYTES = {"float32": 4, "float16": 2}
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class CompiledModel:
     layers: int
     kv_heads: int
     head_dim: int
-    kv_dtype: str  # float32 | float16
+    kv_dtype: str  # float32 | float16 | bfloat16
     parameters: int  # number of weights of the source
     weights_bytes: int  # bytes of the compiled weights
     source_format: str  # safetensors | gguf

@@ -28,6 +28,9 @@ from ohmygpu.core.sizes import human_bytes
 
 Array = NDArray[Any]
 
+_ONNX_TYPES = {"float16": 10, "bfloat16": 16}  # of what GPUs compute in; TensorProto's numbers
+_HALF_BYTES = 2
+
 
 class KVCache(Protocol):
     """Slots of keys and values. `extent[slot]` counts the slot's valid positions."""
@@ -194,12 +197,12 @@ class DeviceKVCache:
         self.context_tokens = context_tokens
         self.extent = [0] * slots
         self._names = tensor_names(compiled.layers)
-        self._dtype = np.dtype(compiled.kv_dtype)
+        self._dtype = _ONNX_TYPES[compiled.kv_dtype]
         self._row_shape = (compiled.kv_heads, context_tokens, compiled.head_dim)
-        self._row_bytes = prod(self._row_shape) * self._dtype.itemsize
+        self._row_bytes = prod(self._row_shape) * _HALF_BYTES
         self._buffers = [
             onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                [slots, *self._row_shape], self._dtype.type, self.device, 0
+                [slots, *self._row_shape], self._dtype, self.device, 0
             )
             for _ in self._names
         ]
@@ -221,7 +224,7 @@ class DeviceKVCache:
         shape = (rows, *self._row_shape)
         for (past, present), buffer in zip(self._names, self._buffers, strict=True):
             address = buffer.data_ptr() + first_row * self._row_bytes
-            place = (self.device, 0, self._dtype.type, shape, address)
+            place = (self.device, 0, self._dtype, shape, address)
             binding.bind_input(past, *place)
             binding.bind_output(present, *place)
 

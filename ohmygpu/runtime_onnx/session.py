@@ -65,8 +65,8 @@ def open_session(
         try:
             return OpenedSession(_open_cuda(folder, graph), "CUDA")
         except RuntimeFailure as error:
-            if execution_provider != "auto":
-                raise
+            if execution_provider != "auto" or compiled.kv_dtype == "bfloat16":
+                raise  # ONNX Runtime does not compute in bfloat16 on a CPU
             note = f"runs on the CPU, slowly: {error.message}"
             _logger.warning("%s", note)
             return OpenedSession(_open_cpu(folder, threads, graph), "CPU", note)
@@ -97,6 +97,11 @@ def _resolve(compiled: CompiledModel, execution_provider: str) -> str:
         raise RuntimeFailure(
             "this model was compiled for the CPU and cannot run on CUDA; pull it again with the "
             "execution provider set to CUDA"
+        )
+    if execution_provider == "CPU" and compiled.kv_dtype == "bfloat16":
+        raise RuntimeFailure(
+            "this model computes in bfloat16, which runs on a GPU only; set the execution provider "
+            "to CPU and pull it again"
         )
     if execution_provider == "auto":
         return "CUDA" if compiled.target == "cuda" else "CPU"

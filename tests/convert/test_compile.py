@@ -142,9 +142,9 @@ def test_float32_is_for_the_cpu_alone() -> None:
 
 
 def test_unknown_recipes_and_targets_are_named() -> None:
-    with pytest.raises(InvalidRequest, match="no recipe 'q5'; choose one of f32, q8, q4, exact"):
+    with pytest.raises(InvalidRequest, match=r"no recipe 'q5'; choose one of f32, f16, .* exact"):
         recipes.recipe("q5")
-    with pytest.raises(InvalidRequest, match="no target 'tpu'; choose one of cpu, cuda"):
+    with pytest.raises(InvalidRequest, match=r"no target 'tpu'; choose one of cpu, .*cuda"):
         recipes.target("tpu")
 
 

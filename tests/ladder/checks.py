@@ -131,7 +131,7 @@ def q8(bench: Bench) -> float:
 
 def f16(bench: Bench) -> float:
     """The float16 graph for GPUs, on the CPU's kernels."""
-    return distance(bench.all_logits(bench.run(target="cuda")), bench.wanted)
+    return distance(bench.all_logits(bench.run(recipe="f16", target="cuda")), bench.wanted)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from ohmygpu.core.errors import OutOfMemory
 from ohmygpu.core.records import CompiledModel
 from ohmygpu.runtime_onnx.kv_cache import (
+    DeviceKVCache,
     HostKVCache,
     fit_device,
     tensor_names,
@@ -161,3 +163,22 @@ def test_a_gpu_gets_fewer_slots_before_it_gets_a_shorter_context(compiled: Compi
     assert fit_device(compiled, 8, 2048, row // 2) == (1, 1024)
     with pytest.raises(OutOfMemory, match="unload other models"):
         fit_device(compiled, 8, 2048, row // 2048)
+
+
+class RowsOnHost(DeviceKVCache):
+    """The GPU's cache in memory that is here."""
+
+    device = "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_gpu_keeps_both_kinds_of_16_bit_floats(compiled: CompiledModel, dtype: str) -> None:
+    halves = replace(compiled, kv_dtype=dtype)
+    assert 2 * halves.kv_bytes_per_token == compiled.kv_bytes_per_token
+    cache, binding = RowsOnHost(halves, 4, CONTEXT), FakeBinding()
+    assert {buffer.data_type() for buffer in cache._buffers} == {f"tensor({dtype})"}
+    cache.bind(binding, 1, 2)
+    row_bytes = KV_HEADS * CONTEXT * HEAD_DIM * 2
+    for (past, present), buffer in zip(tensor_names(LAYERS), cache._buffers, strict=True):
+        place = ((2, KV_HEADS, CONTEXT, HEAD_DIM), buffer.data_ptr() + row_bytes)
+        assert binding.inputs[past] == binding.outputs[present] == place
