@@ -102,6 +102,11 @@ def test_matrices_are_added_and_everything_else_is_the_base_models(opened: Opene
             np.testing.assert_array_equal(source.read(name), array)
 
 
+def test_a_changed_weight_is_never_used_where_the_base_models_lies(opened: Opener) -> None:
+    source = opened(lora(Q))
+    assert [name for name, info in source.tensors.items() if info.place is None] == [f"{Q}.weight"]
+
+
 def test_rank_stabilised_adapters_divide_by_the_root_of_the_rank(opened: Opener) -> None:
     tensors = lora(Q)
     source = opened(tensors, use_rslora=True)
