@@ -88,8 +88,15 @@ def remove(name: str, settings: Settings) -> Removed:
 
 
 def collect_garbage(settings: Settings, sources: bool = False) -> GcReport:
-    """Remove what no installed model needs; with `sources` also the source files of those."""
-    return Repository(settings.home).gc(sources)
+    """Remove what no installed model needs; with `sources` also the source files of those.
+
+    Environments of the exporter that another version made or that are unfinished go too.
+    """
+    from .exporter import environment
+
+    report = Repository(settings.home).gc(sources)
+    freed_bytes = environment.remove(settings.home, current=False)
+    return replace(report, freed_bytes=report.freed_bytes + freed_bytes)
 
 
 def supported_model_types() -> list[str]:

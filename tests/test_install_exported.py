@@ -19,7 +19,7 @@ from ohmygpu.core.events import Event, EventSink
 from ohmygpu.core.repository import Repository
 from ohmygpu.core.settings import Settings, load_settings
 from ohmygpu.exporter import environment
-from ohmygpu.install import pull
+from ohmygpu.install import collect_garbage, pull
 from ohmygpu.verify import verify
 from tests.fake_pull import COMPILER, FakeProvider
 
@@ -145,3 +145,12 @@ def test_the_events_name_the_export(fake: FakeProvider, tried: list[dict[str, An
     events: list[Event] = []
     pull("org/m", load_settings(), export=True, sink=events.append)
     assert any(event.message == "exporting org/m:f32" for event in events)
+
+
+def test_gc_removes_environments_of_other_versions(home: Path) -> None:
+    (home / "models").mkdir(parents=True)
+    old = home / "exporter" / "0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / "file").write_bytes(b"1234")
+    assert collect_garbage(load_settings()).freed_bytes == 4
+    assert not old.exists()
