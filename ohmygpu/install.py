@@ -58,11 +58,11 @@ def pull(
 
     `name` is the name to install under instead of its own, `recipe` what to compile to instead of
     what suits the source; `adapter` refers to a LoRA adapter to merge into it, whose name it then
-    has. With `verify` the result is measured against the same weights in float32,
-    unless it was already. `export` agrees to the environment that a model without a family file is
-    exported in, where there is none yet: ConsentNeeded otherwise. Blocks until done; `sink` receives the events on this thread and, last,
-    exactly one `done` or `error`. Setting `cancel` ends it with Cancelled within about a second;
-    what was downloaded stays for the next try.
+    has. With `verify` the result is measured against the same weights in float32, unless it was
+    already. `export` agrees to the environment that a model without a family file is exported in;
+    ConsentNeeded otherwise, where there is none yet. Blocks until done; `sink` receives the events
+    on this thread and, last, exactly one `done` or `error`. Setting `cancel` ends it with Cancelled
+    within about a second; what was downloaded stays for the next try.
     """
     cancel = cancel or threading.Event()
     try:
