@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ from .core.records import Artifact, CompiledModel, InstallRecord
 from .core.refs import ModelRef, check_name
 from .core.repository import GcReport, Removed, Repository
 from .core.settings import Settings
-from .plan import Plan, compiled_estimate_bytes, make_plan
+from .effort import known_inputs
+from .plan import Plan, compiled_estimate_bytes, float_estimate_bytes, make_plan
 from .verify import check_sources, is_measured, measure, not_measurable
 
 if TYPE_CHECKING:
@@ -289,6 +291,7 @@ def _compile(
     cancel: threading.Event,
 ) -> None:
     """Compile into a temporary folder and commit that."""
+    from .convert import recipes
     from .convert.process import compile_in_subprocess
 
     message = f"{'exporting' if plan.exported else 'compiling'} {draft.full_name}"
@@ -297,17 +300,30 @@ def _compile(
         sink(Event("compile", message, done_bytes=done_bytes, total_bytes=total_bytes))
 
     sink(Event("compile", message))
-    folder = repository.new_compiled()
-    try:
-        sources = {
-            artifact.filename: repository.blob_path(artifact.sha256) for artifact in draft.artifacts
-        }
+    sources = {
+        artifact.filename: repository.blob_path(artifact.sha256) for artifact in draft.artifacts
+    }
+    with ExitStack() as stack:
+        folder = repository.new_compiled()
+        stack.callback(repository.discard, folder)
+        calibration = None
+        if recipes.recipe(draft.recipe).knows_inputs:
+            size = float_estimate_bytes(plan.resolved)
+            calibration = stack.enter_context(
+                known_inputs(repository, sources, size, draft.full_name, sink, cancel)
+            )
+            sink(Event("compile", message))
         compile_in_subprocess(
-            sources, folder, draft.recipe, plan.target, progress, cancel, exporter=exporter
+            sources,
+            folder,
+            draft.recipe,
+            plan.target,
+            progress,
+            cancel,
+            calibration=calibration,
+            exporter=exporter,
         )
         repository.commit_compiled(folder, draft.compiled_key)
-    finally:
-        repository.discard(folder)
 
 
 def _draft(plan: Plan, artifacts: tuple[Artifact, ...]) -> InstallRecord:

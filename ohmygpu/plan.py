@@ -28,12 +28,14 @@ _GROWTH = {
     ("safetensors", "bf16"): 1.05,
     ("safetensors", "q8"): 0.7,
     ("safetensors", "q4"): 0.5,
+    ("safetensors", "q4-high"): 0.5,
     ("gguf", "exact"): 1.5,
     ("gguf", "f32"): 8.0,
     ("gguf", "f16"): 4.0,
     ("gguf", "bf16"): 4.0,
     ("gguf", "q8"): 2.2,
     ("gguf", "q4"): 1.5,
+    ("gguf", "q4-high"): 1.5,
 }
 
 # Quantisations whose blocks have no minimums, in every tensor of a file that is named so.
@@ -41,10 +43,10 @@ _WITHOUT_MINIMUMS = ("Q8_0", "Q6_K", "MXFP4", "F16", "FP16", "BF16", "F32", "FP3
 _KEPT_BY = {"float16": "f16", "bfloat16": "bf16"}  # a config's dtype → the recipe that keeps it
 _IN_PLACE = 0.2  # what such a compile writes beside the weights that it shares with the source
 _MXFP4 = ("gpt-oss",)  # architectures whose experts are MXFP4, whatever else a file is
-_LOADED = 1.25  # memory per byte of weights, once ONNX Runtime has packed them
-_WORKING_BYTES = 512 << 20
 _EXPORT_COPIES = 2.3  # of the weights in float32, at most at once
 _EXPORT_WORKING_BYTES = 1 << 30  # torch, transformers, the graph
+_LOADED = 1.25  # memory per byte of weights, once ONNX Runtime has packed them
+_WORKING_BYTES = 512 << 20
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
 
 
@@ -130,7 +132,7 @@ def make_plan(resolved: Resolved, settings: Settings, name: str | None, recipe: 
                 "or f32",
                 param="recipe",
             )
-    float_bytes = _float_bytes(resolved)
+    float_bytes = float_estimate_bytes(resolved)
     keeps = has_blocks and _experts_can_be_kept(resolved)
     chosen = recipes.recipe(asked or recipes.default_recipe(keeps, processor, float_bytes))
     recipes.check(chosen, processor, has_blocks)
@@ -194,7 +196,7 @@ def _exported_plan(
             "set engine.execution_provider to auto or CPU",
             param="execution_provider",
         )
-    _check_memory(_float_bytes(resolved), hardware.memory_available_bytes())
+    _check_memory(float_estimate_bytes(resolved), hardware.memory_available_bytes())
     return Plan(
         resolved=resolved,
         name=check_name(name or resolved.display_name),
@@ -291,7 +293,7 @@ def _prompt_target(setting: str, compiled_bytes: int, float_bytes: int) -> tuple
 
 def compiled_estimate_bytes(plan: Plan) -> int:
     """About how large the compiled model is going to be."""
-    prompts = _float_bytes(plan.resolved) // 4 if "int8" in plan.target else 0
+    prompts = float_estimate_bytes(plan.resolved) // 4 if "int8" in plan.target else 0
     return _estimate_bytes(plan.resolved, plan.recipe) + prompts
 
 
@@ -311,7 +313,7 @@ def _estimate_bytes(resolved: Resolved, recipe: str) -> int:
     return int(weights * _GROWTH.get((source_format, recipe), 2.0))
 
 
-def _float_bytes(resolved: Resolved) -> int:
+def float_estimate_bytes(resolved: Resolved) -> int:
     """About what the weights take in float32, judged by the size and precision of their files."""
     from .convert.checkpoint import stored_bits
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ohmygpu.core.errors import Cancelled, ConsentNeeded, CorruptFile
+from ohmygpu.core.errors import Cancelled, ConsentNeeded, CorruptFile, InvalidRequest
 from ohmygpu.core.records import GRAPH_FILE
 from ohmygpu.core.refs import ModelRef
 from ohmygpu.core.settings import load_settings
@@ -39,8 +39,8 @@ def model() -> None:
 @click.option(
     "--recipe",
     metavar="RECIPE",
-    help="What to compile to: auto, f32, f16 or bf16 (on GPUs), q8, q4 or exact (quantised "
-    "weights bit for bit).",
+    help="What to compile to: auto, f32, f16 or bf16 (on GPUs), q8, q4, q4-high or exact "
+    "(quantised weights bit for bit).",
 )
 @click.option(
     "--adapter",
@@ -51,6 +51,13 @@ def model() -> None:
     "--verify",
     is_flag=True,
     help="Also measure how close the result is to the same weights in float32 (see model verify).",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["default", "high"]),
+    default="default",
+    help="high: let the model write text and round 4-bit weights by what their inputs are then; "
+    "takes minutes to hours, which are said beforehand (the recipe q4-high).",
 )
 @click.option(
     "--yes",
@@ -64,6 +71,7 @@ def pull(
     recipe: str | None,
     adapter: str | None,
     verify: bool,
+    effort: str,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -85,6 +93,8 @@ def pull(
     that is made once: you are told its size and asked.
     """
     catalogue = Catalogue(load_settings())
+    if effort == "high":
+        recipe = _with_high_effort(recipe)
     full_name = pull_model(
         catalogue, reference, name, recipe, adapter=adapter, verify=verify, export=yes
     )
@@ -100,6 +110,16 @@ def pull(
             note("an embedding model: /v1/embeddings and /api/embed of `omg serve` use it")
         else:
             note(f'talk to it with: omg run {installed.name} "Hello!"')
+
+
+def _with_high_effort(recipe: str | None) -> str:
+    """The recipe that makes the effort. Raises InvalidRequest for one without 4-bit weights."""
+    if recipe in (None, "auto", "q4", "q4-high"):
+        return "q4-high"
+    raise InvalidRequest(
+        f"--effort high is for 4-bit weights, and {recipe} has none; leave out one of the two",
+        param="effort",
+    )
 
 
 def pull_model(
@@ -258,8 +278,9 @@ def _prompt_rows(entry: ModelInfo) -> list[tuple[str, str]]:
     if entry.prompt_graph:
         return [("prompts", f"in a graph of 8-bit integers: {reason}")]
     if (entry.target or "").endswith("int8") and not entry.embeds:
-        why = "it has experts, which stay as they are"
-        return [("prompts", f"in the same graph as all tokens: {why}")]
+        return [
+            ("prompts", "in the same graph as all tokens: it has experts, which stay as they are")
+        ]
     return [("prompts", reason)] if reason and not entry.embeds else []
 
 

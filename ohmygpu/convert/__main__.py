@@ -3,7 +3,7 @@
 The first line of standard input is the job:
 
     {"files": {name: path}, "output": folder, "recipe": name, "target": "cpu" | "cuda",
-     "exporter": command or absent}
+     "calibration": folder or absent, "show_inputs": true or absent, "exporter": command or absent}
 
 Standard output carries JSON lines: {"done_bytes", "total_bytes"} as it goes, then exactly one of
 {"compiled": CompiledModel} and {"error": OhMyGPUError}. The process ends, leaving its output
@@ -61,6 +61,8 @@ def _parse(line: bytes) -> dict[str, Any]:
             "output": Path(job["output"]),
             "recipe": str(job["recipe"]),
             "target": str(job["target"]),
+            "calibration": Path(job["calibration"]) if job.get("calibration") else None,
+            "show_inputs": bool(job.get("show_inputs")),
             "exporter": [str(word) for word in job.get("exporter") or ()],
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,10 +7,12 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from ohmygpu.core.errors import InvalidRequest
 from ohmygpu.core.files import explain
 from ohmygpu.core.records import COMPILE_FILE, PROMPT_GRAPH, CompiledModel
 
 from . import recipes
+from .calibration import Calibration, write_parts
 from .decoder import Decoder, Emitter
 from .embedding import as_embedding_model, embedder_of, write_embedding_graph
 from .extent import check_context, check_extent
@@ -31,12 +33,16 @@ def compile_model(
     recipe: str,
     target: str,
     progress: Progress = lambda done, total: None,
+    calibration: Path | None = None,
+    show_inputs: bool = False,
 ) -> CompiledModel:
     """Compile the model in `files` (name in its repository → path) into the folder `output`.
 
     Writes model.onnx, prompts.onnx where the target has one, their data, the tokenizer, the chat
-    template where there is one, and compile.json last. `progress` receives (done_bytes,
-    total_bytes) of the source's weights.
+    template where there is one, and
+    compile.json last. `calibration` is a folder that `runtime_onnx.calibrate` filled: 4-bit weights
+    are then rounded knowing their inputs; `show_inputs` adds the graphs it needs for that, to a
+    compile to float32. `progress` receives (done_bytes, total_bytes) of the source's weights.
     Raises UnsupportedModel, CorruptFile, InvalidRequest (recipe, target) or DiskFull.
     """
     chosen, processor = recipes.recipe(recipe), recipes.target(target)
@@ -44,7 +50,9 @@ def compile_model(
         has_blocks = any(source.block_layout(name) is not None for name in source.tensors)
         recipes.check(chosen, processor, source.format == "gguf" or has_blocks)
         try:
-            return compile_source(source, output, chosen, processor, progress)
+            return compile_source(
+                source, output, chosen, processor, progress, calibration, show_inputs
+            )
         except OSError as error:
             explained = explain(error, output, "the compiled model")
             if explained is None:
@@ -58,15 +66,24 @@ def compile_source(
     recipe: Recipe,
     target: Target,
     progress: Progress = lambda done, total: None,
+    calibration: Path | None = None,
+    show_inputs: bool = False,
 ) -> CompiledModel:
     """`compile_model` for an opened source."""
     name = check_supported(source.config, source.files)
     target = recipes.typed(target, recipe, name in OVERFLOWS_FLOAT16)
     embedder = embedder_of(source, name)
+    if show_inputs and embedder is not None:
+        raise InvalidRequest(
+            "a high effort lets the model write text, and this one makes vectors; leave --effort out",
+            param="effort",
+        )
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(source, output)
     if embedder is None:
-        decoder, weights_bytes = write_graph(source, output, recipe, target, progress)
+        decoder, weights_bytes = write_graph(
+            source, output, recipe, target, progress, calibration, show_inputs
+        )
     else:
         decoder, weights_bytes = write_embedding_graph(
             source, output, recipe, target, progress, name, embedder
@@ -111,7 +128,13 @@ def compile_source(
 
 
 def write_graph(
-    source: Source, output: Path, recipe: Recipe, target: Target, progress: Progress
+    source: Source,
+    output: Path,
+    recipe: Recipe,
+    target: Target,
+    progress: Progress,
+    calibration: Path | None = None,
+    show_inputs: bool = False,
 ) -> tuple[Decoder, int]:
     """Write model.onnx and its data; returns the model's sizes and the bytes of its weights."""
     source = spelled(source)
@@ -123,15 +146,18 @@ def write_graph(
     named = with_class_prefix(source, expected)
     check_names(named, expected, lambda name: builder.ignored(config, name))
     viewed = builder.view(config, named)
+    known = None if calibration is None else Calibration(calibration)
     layers = config.decoder.layers
     first, second = halves(progress) if wants_prompt_graph(recipe, target) else (progress, None)
     with (
         Graph(output) as graph,
-        closing(Weights(viewed, graph, recipe, target, layers, first)) as weights,
+        closing(Weights(viewed, graph, recipe, target, layers, first, known)) as weights,
     ):
         emitter = Emitter(graph, weights, recipe, target, config.decoder)
         builder.build(config, emitter)
         graph.save(str(CONVERTER_VERSION))
+        if show_inputs:
+            write_parts(output, emitter.linear_inputs)
         built = _as_built(config.decoder, emitter)
         if second is not None:
             built = replace(built, prompt_bytes=write_prompt_graph(emitter, viewed, second))

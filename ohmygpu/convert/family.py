@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _CLASS_ENDING = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Part of every compiled model's key: raise it when the same input compiles to other bytes."""
 
 _PACKAGE = "ohmygpu.converters"

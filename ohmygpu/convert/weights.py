@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ohmygpu.core.errors import CorruptFile, InvalidRequest, UnsupportedModel
 from ohmygpu.core.hardware import logical_cores
 
+from .calibration import Calibration
 from .graph import Graph
 from .quantize import Quantized, quantize_rows
 from .recipes import GROUP, Recipe, Target
@@ -94,7 +96,9 @@ class Weights:
         target: Target,
         layers: int,
         progress: Progress,
+        calibration: Calibration | None = None,
     ) -> None:
+        self._calibration = calibration
         self.dtype = np.dtype(target.dtype)
         self._source = source
         self._graph = graph
@@ -236,20 +240,27 @@ class Weights:
     def _rounded_pieces(self, names: Sequence[str], layout: Layout) -> Iterator[tuple[str, _Piece]]:
         """Rows rounded on all cores, in order, by the name of their tensor."""
         pending: deque[tuple[str, Future[Quantized]]] = deque()
+        round_rows = self._rounding(names[0], layout)
         for name, chunk in self._chunks(names):
-            job = self._pool.submit(
-                quantize_rows,
-                chunk,
-                layout.bits,
-                layout.group,
-                self.dtype,
-                asymmetric=layout.asymmetric,
-            )
-            pending.append((name, job))
+            pending.append((name, self._pool.submit(round_rows, chunk)))
             while len(pending) > self._ahead:
                 yield _finished(pending)
         while pending:
             yield _finished(pending)
+
+    def _rounding(self, name: str, layout: Layout) -> Callable[[Float32], Quantized]:
+        """How rows of the matrix `name` are rounded: knowing its inputs, where that is possible."""
+        if layout.asymmetric and self._calibration is not None:
+            feedback = self._calibration.feedback(name)
+            if feedback is not None and feedback.columns % layout.group == 0:
+                return partial(feedback.quantize, group=layout.group, scale_dtype=self.dtype)
+        return partial(
+            quantize_rows,
+            bits=layout.bits,
+            group=layout.group,
+            scale_dtype=self.dtype,
+            asymmetric=layout.asymmetric,
+        )
 
     def _chunks(self, names: Sequence[str]) -> Iterator[tuple[str, Float32]]:
         for name in names:

@@ -12,6 +12,8 @@ from .errors import CorruptFile
 COMPILE_FILE = "compile.json"
 GRAPH_FILE = "model.onnx"
 PROMPT_GRAPH = "prompts.onnx"
+CALIBRATION_INDEX = "index.json"  # of a folder of second moments: weight's name -> file
+CALIBRATION_PARTS = "calibrate.json"  # beside a compile: graphs that show inputs of its layers
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOOL_TEMPLATE_FILE = "chat_template.tool_use.jinja"  # for conversations with tools, if another

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.toml"
-RECIPES = ("auto", "f32", "f16", "bf16", "q8", "q4", "exact")
+RECIPES = ("auto", "f32", "f16", "bf16", "q8", "q4", "q4-high", "exact")
 
 _ALIASES = {"hub.endpoint": "HF_ENDPOINT", "pypi.index": "PIP_INDEX_URL"}
 _TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105 - the variable's name

@@ -73,8 +73,8 @@ def open_session(
     return OpenedSession(_open_cpu(folder, threads, graph), "CPU")
 
 
-def open_streamed(folder: Path, threads: int) -> Any:
-    """A session of the graph in `folder` on the CPU that keeps no copy of its weights.
+def open_streamed(folder: Path, threads: int, graph: str = GRAPH_FILE) -> Any:
+    """A session of a graph in `folder` on the CPU that keeps no copy of its weights.
 
     They are read from their file through a mapping: slower than a copy laid out for the processor,
     but the system can drop what it read, so a model may be larger than the memory.
@@ -84,7 +84,7 @@ def open_streamed(folder: Path, threads: int) -> Any:
     options = _options(onnxruntime)
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return _create(onnxruntime, folder / GRAPH_FILE, options, ["CPUExecutionProvider"])
+    return _create(onnxruntime, folder / graph, options, ["CPUExecutionProvider"])
 
 
 def _resolve(compiled: CompiledModel, execution_provider: str) -> str:

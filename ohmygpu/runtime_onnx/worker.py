@@ -1,9 +1,10 @@
-"""The process that holds one model: `serve`; `probe`, `bench` and `verify` for install and tuning.
+"""The process that runs models: `serve`; `probe`, `bench`, `verify`, `calibrate` for install.
 
     python -m ohmygpu.runtime_onnx.worker serve --fd N '<RunSpec as JSON>'
     python -m ohmygpu.runtime_onnx.worker probe
     python -m ohmygpu.runtime_onnx.worker bench '<RunSpec as JSON>'
     python -m ohmygpu.runtime_onnx.worker verify '<VerifyJob as JSON>' | -
+    python -m ohmygpu.runtime_onnx.worker calibrate '<CalibrateJob as JSON>' | -
 
 `serve` speaks runtime_wire over the inherited socket N. The main thread reads frames, prompts are
 tokenised on a pool, the engine's thread writes one frame a step. Writing blocks: a parent that does
@@ -26,7 +27,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ohmygpu.core.child import die_with_parent
@@ -206,6 +207,29 @@ def verify(text: str) -> int:
     """Measure the VerifyJob `text` and print it; the exit status."""
     from .verify import VerifyJob, measure
 
+    def run(job: dict[str, Any], report: Report) -> dict[str, Any]:
+        return {"fidelity": to_plain(measure(VerifyJob.from_dict(job), report))}
+
+    return _work(text, run)
+
+
+def calibrate(text: str) -> int:
+    """Do the CalibrateJob `text` and print how many inputs were measured; the exit status."""
+    from .calibrate import CalibrateJob
+    from .calibrate import calibrate as gather
+
+    def run(job: dict[str, Any], report: Report) -> dict[str, Any]:
+        return {"inputs": gather(CalibrateJob.from_dict(job), report)}
+
+    return _work(text, run)
+
+
+Report = Callable[[int, int], None]
+"""Called with (done_bytes, total_bytes)."""
+
+
+def _work(text: str, run: Callable[[dict[str, Any], Report], dict[str, Any]]) -> int:
+    """Run the job `text`, or the one on standard input, with JSON lines for all it has to say."""
     if text == "-":
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -218,14 +242,14 @@ def verify(text: str) -> int:
 
     try:
         try:
-            job = VerifyJob.from_dict(json.loads(text))
-        except ValueError as error:
-            raise InvalidRequest(f"not a measuring job: {error}") from error
-        found = measure(job, lambda done, total: write({"done_bytes": done, "total_bytes": total}))
+            job = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(f"not a job: {error}") from error
+        answer = run(job, lambda done, total: write({"done_bytes": done, "total_bytes": total}))
     except OhMyGPUError as error:
         write({"error": error.to_dict()})
         return 1
-    write({"fidelity": to_plain(found)})
+    write(answer)
     return 0
 
 
@@ -255,12 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench_parser.add_argument("spec", help="RunSpec as JSON")
     verify_parser = commands.add_parser("verify", help="compare a graph with float32, as JSON")
     verify_parser.add_argument("job", help="VerifyJob as JSON, or - for a line of standard input")
+    calibrate_parser = commands.add_parser("calibrate", help="look into a float32 graph's layers")
+    calibrate_parser.add_argument("job", help="CalibrateJob as JSON, or - for standard input")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if options.command == "serve":
         serve(options.fd, RunSpec.from_json(options.spec))
     if options.command == "verify":
         return verify(options.job)
+    if options.command == "calibrate":
+        return calibrate(options.job)
     from .bench import measure, probe
 
     try:
