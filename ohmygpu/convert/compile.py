@@ -75,7 +75,8 @@ def compile_source(
     embedder = embedder_of(source, name)
     if show_inputs and embedder is not None:
         raise InvalidRequest(
-            "a high effort lets the model write text, and this one makes vectors; leave --effort out",
+            "a high effort needs a model that writes text, and this one makes vectors; "
+            "leave --effort out",
             param="effort",
         )
     output.mkdir(parents=True, exist_ok=True)

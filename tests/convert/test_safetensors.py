@@ -319,7 +319,24 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 def test_headers_of_extreme_values_are_refused_or_read_and_never_anything_else(
     tmp_path: Path,
 ) -> None:
-    extremes = (0, 1, -1, 3, 4, 60, 2**31, 2**63, 2**64, 10**400, 0.5, True, None, "4", [], {})
+    extremes: tuple[object, ...] = (
+        0,
+        1,
+        -1,
+        3,
+        4,
+        60,
+        2**31,
+        2**63,
+        2**64,
+        10**400,
+        0.5,
+        True,
+        None,
+        "4",
+        [],
+        {},
+    )
     fields = ("dtype", "shape", "data_offsets", "extra")
     rng = random.Random(11)
     outcomes = set()

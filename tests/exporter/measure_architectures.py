@@ -58,7 +58,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
 
     read = CONFIG_MAPPING[model_type]()
     plain = read.to_dict()
-    config = {"model_type": model_type}
+    config: dict[str, Any] = {"model_type": model_type}
     for value, names in _SIZES.items():
         for name in names.split():
             if isinstance(plain.get(name), int) and not isinstance(plain.get(name), bool):
