@@ -46,6 +46,11 @@ def compile_model(
     Raises UnsupportedModel, CorruptFile, InvalidRequest (recipe, target) or DiskFull.
     """
     chosen, processor = recipes.recipe(recipe), recipes.target(target)
+    if chosen.knows_inputs and calibration is None:
+        raise InvalidRequest(
+            f"the recipe {recipe} needs to know the inputs of layers; omg model pull finds them",
+            param="recipe",
+        )
     with closing(open_source(files)) as source:
         has_blocks = any(source.block_layout(name) is not None for name in source.tensors)
         recipes.check(chosen, processor, source.format == "gguf" or has_blocks)

@@ -47,6 +47,7 @@ from ohmygpu.convert.recipes import RECIPES
 from ohmygpu.convert.source import open_source
 from ohmygpu.core import hardware
 from ohmygpu.core.records import GRAPH_FILE, CompiledModel
+from ohmygpu.runtime_onnx.calibrate import CalibrateJob, calibrate
 from ohmygpu.runtime_onnx.divergence import Comparison
 from ohmygpu.runtime_onnx.tokenizer import Tokenizer
 from ohmygpu.runtime_onnx.verify import (
@@ -129,8 +130,21 @@ def compiled_folder(model: Path, recipe: str, work: Path) -> Path:
     folder = work / recipe
     if recipe != "f32" or not folder.exists():
         folder.mkdir(exist_ok=True)
-        compile_model({model.name: model}, folder, recipe, "cpu")
+        files = {model.name: model}
+        known = inputs_of(files, work) if RECIPES[recipe].knows_inputs else None
+        compile_model(files, folder, recipe, "cpu", calibration=known)
     return folder
+
+
+def inputs_of(files: dict[str, Path], work: Path) -> Path:
+    """The folder of the second moments that a high effort needs."""
+    shown, moments = work / "shown", work / "moments"
+    if not moments.exists():
+        shown.mkdir(exist_ok=True)
+        moments.mkdir()
+        compile_model(files, shown, "f32", "cpu", show_inputs=True)
+        calibrate(CalibrateJob(folder=str(shown), output=str(moments)))
+    return moments
 
 
 def our_row(model: Path, recipe: str, work: Path, reference: Reference) -> Row:
@@ -277,7 +291,9 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
-    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument(
+        "--recipes", default=",".join(name for name in RECIPES if name not in ("f16", "bf16"))
+    )
     parser.add_argument("--peer-python", metavar="PYTHON")
     parser.add_argument("--peers", default="Q8_0,Q4_K_M,Q4_0")
     parser.add_argument("--documents", type=int, default=0, help="only the first few")

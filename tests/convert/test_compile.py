@@ -141,6 +141,11 @@ def test_float32_is_for_the_cpu_alone() -> None:
         recipes.check(recipes.recipe("f32"), recipes.target("cuda"), has_blocks=False)
 
 
+def test_a_recipe_that_rounds_by_inputs_is_not_made_without_them(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="q4-high needs to know the inputs"):
+        compile_model({}, tmp_path, "q4-high", "cpu")
+
+
 def test_unknown_recipes_and_targets_are_named() -> None:
     with pytest.raises(InvalidRequest, match=r"no recipe 'q5'; choose one of f32, f16, .* exact"):
         recipes.recipe("q5")
