@@ -268,7 +268,7 @@ def adapter(repo: Path, **changes: Any) -> Path:
         for part, size in (("A", (4, 64)), ("B", (64, 4)))
     }
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "a/b"}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "acme/zebra"}
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
     return folder
 
@@ -286,7 +286,7 @@ def test_an_adapter_makes_a_model_of_its_own_that_is_removed_whole(repo: Path) -
     assert merged.adapter is not None
     assert merged.adapter.source_ref == lora
     assert merged.compiled_key != base.compiled_key
-    assert any("was trained on a/b" in message for message in events)
+    assert any("was trained on acme/zebra" in message for message in events)
     assert pull(reference(repo), settings, adapter=lora) == merged  # nothing to do
     blobs = {path.name for path in store.blobs_dir.iterdir()}
     own = {f"sha256-{file.sha256}" for file in merged.artifacts} - {
@@ -307,7 +307,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_weights_move(
     refused(repo, "exact cannot keep", adapter=reference(adapter_of(repo)), recipe="exact")
     fetched = [entry["path"] for entry in hub.requests.of(repo.name)]
     assert not [path for path in fetched if path.endswith(".safetensors")]
-    refused(folder, rf"pull it with the model.*omg model pull a/b --adapter org/{folder.name}")
+    refused(folder, rf"pull it with the model.*omg model pull acme/zebra --adapter org/{folder.name}")
 
 
 def adapter_of(repo: Path) -> Path:

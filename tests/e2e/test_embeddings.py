@@ -44,10 +44,12 @@ def test_the_clients_get_the_same_vectors(world: World) -> None:
     assert vectors.shape == (3, LENGTH)
     assert np.abs(vectors - np.array([entry.embedding for entry in floats.data])).max() == 0
     assert reply.usage.prompt_tokens == 5 + 8 + 5
-    found = ollama.Client(world.url).embed(model=NAME, input=TEXTS)
+    with ollama.Client(world.url) as client:
+        found = client.embed(model=NAME, input=TEXTS)
+        shown = client.show(NAME)
     assert np.abs(np.array(found.embeddings) - vectors).max() < 1e-6
     assert found.prompt_eval_count == 18
-    assert ollama.Client(world.url).show(NAME).capabilities == ["embedding"]
+    assert shown.capabilities == ["embedding"]
 
 
 def test_it_says_what_it_is_and_does_not_chat(world: World) -> None:
