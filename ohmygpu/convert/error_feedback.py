@@ -6,9 +6,8 @@ known of the inputs x of a layer is the matrix of their second moments over some
 
 Every input counts alike in that matrix, however large it is: the few huge ones that models keep at
 the start of a text would bend all weights to themselves. Scales and zero points look at the inputs
-as they are, so that the weights those few meet are met well. Both together were better than either
-way alone: 0.115 against 0.128 (no feedback) and 0.147 (feedback from inputs as they are), KL of
-SmolLM2 with all of its body in 4 bits.
+as they are, so that the weights those few meet are met well. With all of SmolLM2's body in 4 bits
+this gave a KL of 0.115, where scales alone gave 0.128 and feedback from inputs as they are more.
 """
 
 from __future__ import annotations
