@@ -399,7 +399,7 @@ def test_an_unsupported_architecture_is_refused_before_the_download(fake: FakePr
 
 def test_weights_without_a_tokenizer_are_refused_before_the_download(fake: FakeProvider) -> None:
     fake.content = {name: SAFETENSORS[name] for name in ("config.json", "model.safetensors")}
-    with pytest.raises(UnsupportedModel, match="has no tokenizer.json"):
+    with pytest.raises(UnsupportedModel, match=r"has no tokenizer\.json"):
         do_pull("org/safe")
     assert fake.fetches == 0
 
